@@ -1,0 +1,475 @@
+"""CLaRa: one causal decoder with three LoRA adapters (compressor, query reasoner, generator).
+
+Contract: tensors of token ids in, losses, vectors and text out. Knows nothing about files of records, optimisers or
+ranks. This file and those it imports are copied into every checkpoint, so they use torch, transformers, peft and
+safetensors only.
+
+Shape suffixes: B questions, N candidate documents of a question, M all documents of a batch, K selected documents,
+L memory tokens, T text tokens, D hidden size, E = L·D, V vocabulary, S added tokens.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from .adapters import (
+    DECODER,
+    ENCODER,
+    QUERY,
+    AdapterRouter,
+    SpecialEmbeddings,
+    adapter_state,
+    add_adapter,
+    load_adapter_state,
+)
+from .checkpoint import load_decoder, load_pretrained, save_pretrained
+from .configuration_clara import STAGES, CLaRaConfig
+from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE, QA
+from .selection import select_documents
+from .tokens import ClaraTokens, Prompt
+
+logger = logging.getLogger(__name__)
+
+# What each stage trains; the memory embeddings only where their flag is set (SPEC 3).
+STAGE_TRAINS: dict[str, tuple[tuple[str, ...], bool]] = {
+    "stage1": ((ENCODER, DECODER), True),
+    "stage1_2": ((ENCODER, DECODER), True),
+    "stage2": ((QUERY, DECODER), False),
+    "stage2_pretrain_retrieval": ((QUERY,), False),
+}
+INFERENCE_BATCH = 32
+
+
+def inference(method: Callable) -> Callable:
+    """Runs a method without gradients and in eval mode (no LoRA dropout), then restores the mode."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with torch.no_grad(), self.frozen():
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class CLaRa(PreTrainedModel):
+    """The model. Made by `CLaRa.from_pretrained(checkpoint)`, or `CLaRa.from_base(config)` to start training.
+
+    Args:
+        config: see `CLaRaConfig`; checked here.
+        decoder: a Hugging Face causal LM; loaded from `config.decoder_model_name` when not given.
+        tokenizer: the matching tokenizer; loaded likewise.
+        adapters: names of the adapters to create.
+        base_path: local directory of the base model, None when it came from the Hub.
+    """
+
+    config_class = CLaRaConfig
+    config: CLaRaConfig
+    decoder: Any
+    special: SpecialEmbeddings
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+
+    def __init__(
+        self,
+        config: CLaRaConfig,
+        decoder: nn.Module | None = None,
+        tokenizer=None,
+        adapters: Sequence[str] = (ENCODER, DECODER),
+        base_path: Path | None = None,
+    ):
+        config.check()
+        super().__init__(config)
+        if decoder is None:
+            decoder, tokenizer, base_path = load_decoder(config, Path.cwd())
+        self.tokens = ClaraTokens(tokenizer, config)
+        self.base_path = base_path
+        self.special = self._new_special_embeddings(decoder)
+        for name in adapters:
+            add_adapter(decoder, name, config.lora_r, config.decoder_model_name)
+        self.decoder = decoder
+        self.router = AdapterRouter(decoder)
+        for parameter in self.decoder.parameters():
+            parameter.requires_grad_(False)
+        self.special.memory.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_base(cls, config: CLaRaConfig, **load_options) -> "CLaRa":
+        """A new model over `config.decoder_model_name`, with our prompts where the config has none."""
+        config.prompts = config.prompts or DEFAULT_PROMPTS
+        config.check()
+        decoder, tokenizer, base_path = load_decoder(config, Path.cwd(), **load_options)
+        return cls(config, decoder, tokenizer, base_path=base_path)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> "CLaRa":
+        """Loads a checkpoint of ours or of the public format; see `checkpoint.load_pretrained`."""
+        return load_pretrained(cls, pretrained_model_name_or_path, config, **kwargs)
+
+    def save_pretrained(self, save_directory, state: dict | None = None, card: str | None = None, **_) -> None:
+        """Writes a checkpoint, atomically; see `checkpoint.save_pretrained`."""
+        save_pretrained(self, Path(save_directory), state=state, card=card)
+
+    def _new_special_embeddings(self, decoder: nn.Module) -> SpecialEmbeddings:
+        """Fresh rows drawn from the mean and spread of the base rows; a neutral (mean) row in an untied LM head."""
+        base_VD = decoder.get_input_embeddings().weight.detach()
+        head_VD = decoder.get_output_embeddings().weight.detach()
+        mean_D, std_D = base_VD.float().mean(0), base_VD.float().std(0)
+        noise_SD = torch.randn(self.tokens.n_special, base_VD.shape[1]).to(mean_D.device)
+        rows_SD = (mean_D + std_D * noise_SD).to(base_VD.dtype)
+        tied = head_VD.data_ptr() == base_VD.data_ptr()
+        head_SD = None if tied else head_VD.float().mean(0, keepdim=True).expand_as(rows_SD).to(base_VD.dtype)
+        return SpecialEmbeddings(rows_SD, len(self.config.memory_tokens), head_SD)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder's embedding lies, and so where inputs go."""
+        return self.special.memory.device
+
+    @property
+    def has_query_reasoner(self) -> bool:
+        """Whether the checkpoint holds a query reasoner."""
+        return QUERY in self.decoder.peft_config
+
+    def add_query_reasoner(self, fresh: bool = False) -> None:
+        """Adds the query reasoner, as a copy of the compressor unless `fresh` (SPEC 3)."""
+        add_adapter(self.decoder, QUERY, self.config.lora_r, self.config.decoder_model_name)
+        if not fresh:
+            state = {key: p.detach() for key, p in adapter_state(self.decoder, ENCODER).items()}
+            load_adapter_state(self.decoder, QUERY, state, ENCODER)
+        self.router = AdapterRouter(self.decoder)
+        for parameter in adapter_state(self.decoder, QUERY).values():
+            parameter.requires_grad_(False)
+
+    def reset_decoder_adapter(self) -> None:
+        """Starts the generator's adapter afresh, as the public code does in stage1_2."""
+        for layer in self.router.layers:
+            layer.reset_lora_parameters(DECODER, init_lora_weights=True)
+
+    def train_stage(self, stage: str, freeze_query_reasoner: bool = False) -> None:
+        """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings."""
+        adapters, memory = STAGE_TRAINS[stage]
+        learning = [name for name in adapters if not (freeze_query_reasoner and name == QUERY)]
+        for name in self.decoder.peft_config:
+            for parameter in adapter_state(self.decoder, name).values():
+                parameter.requires_grad_(name in learning)
+        self.special.memory.requires_grad_(memory and self.config.optimize_mem_tokens)
+        self.config.training_stage = stage
+
+    def checkpoint_layers(self) -> None:
+        """Gradient checkpointing: recompute each layer in backward, under the adapter active in its forward pass."""
+        options = {"use_reentrant": False, "context_fn": lambda: self.router.checkpoint_contexts()}
+        self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Eval mode inside, the former mode after: dropout must not touch what does not train."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
+    def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Embeddings `[B, T, D]`: the decoder's own rows, and ours for the added tokens."""
+        rows_SD, _ = self.special()
+        slot_BT = ids_BT - self.tokens.first_special_id
+        added_BT = (slot_BT >= 0) & (slot_BT < len(rows_SD))
+        embeds_BTD = self.decoder.get_input_embeddings()(ids_BT.masked_fill(added_BT, 0))
+        added_BTD = F.embedding(slot_BT.clamp(0, len(rows_SD) - 1), rows_SD).to(embeds_BTD.dtype)
+        return torch.where(added_BT.unsqueeze(-1), added_BTD, embeds_BTD)
+
+    def hidden(self, adapter: str, embeds_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+        """Final hidden states `[B, T, D]` after the norm, through one adapter and without the LM head."""
+        position_BT = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
+        with self.router.route(adapter):
+            return self.decoder.base_model(
+                inputs_embeds=embeds_BTD, attention_mask=mask_BT.long(), position_ids=position_BT, use_cache=False
+            ).last_hidden_state
+
+    def head(self, hidden_D: torch.Tensor) -> torch.Tensor:
+        """Logits `[…, V]` over the base vocabulary and the added tokens, from hidden states `[…, D]`."""
+        config, first = self.decoder.config, self.tokens.first_special_id
+        base_V = self.decoder.get_output_embeddings()(hidden_D)
+        _, head_SD = self.special()
+        added_S = F.linear(hidden_D, head_SD.to(hidden_D.dtype))
+        logits_V = torch.cat([base_V[..., :first], added_S, base_V[..., first + len(head_SD) :]], dim=-1)
+        logits_V = (
+            logits_V * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        )
+        cap = getattr(config, "final_logit_softcapping", None)
+        return torch.tanh(logits_V / cap) * cap if cap else logits_V
+
+    def compress(
+        self, ids_MT: torch.Tensor, mask_MT: torch.Tensor, adapter: str = ENCODER
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory vectors `[M, L, D]` of documents (or questions, through the query reasoner), and the MSE loss.
+
+        The inputs end with the L memory tokens. MSE (paper, eq. of §2.1): squared distance between the mean of the
+        attended text states and the mean of the memory states, averaged over the hidden size and the batch, float32.
+        """
+        n_memory = self.config.n_memory_tokens
+        hidden_MTD = self.hidden(adapter, self.embed(ids_MT), mask_MT)
+        docs_MLD = hidden_MTD[:, -n_memory:]
+        text_MT1 = mask_MT[:, :-n_memory].float().unsqueeze(-1)
+        text_MD = (hidden_MTD[:, :-n_memory].float() * text_MT1).sum(1) / text_MT1.sum(1)
+        return docs_MLD, F.mse_loss(docs_MLD.float().mean(1), text_MD)
+
+    def place(self, ids_BT: torch.Tensor, docs_KLD: torch.Tensor) -> torch.Tensor:
+        """Embeds generator inputs, each memory token replaced by the next document vector, in reading order."""
+        embeds_BTD = self.embed(ids_BT)
+        first, last = self.tokens.memory_ids[0], self.tokens.memory_ids[-1]
+        memory_BT = (ids_BT >= first) & (ids_BT <= last)
+        if int(memory_BT.sum()) != docs_KLD.shape[0] * docs_KLD.shape[1]:
+            raise ValueError(
+                f"the prompts hold {int(memory_BT.sum())} memory tokens, the documents {docs_KLD.shape[0]} × "
+                f"{docs_KLD.shape[1]} vectors: a prompt was cut inside its documents (raise --max_len)"
+            )
+        return embeds_BTD.masked_scatter(memory_BT.unsqueeze(-1), docs_KLD.to(embeds_BTD.dtype))
+
+    def forward(self, batch: dict, compute_logits: bool = True) -> tuple[torch.Tensor, dict]:
+        """The loss of one batch (SPEC 3, 4).
+
+        Args:
+            batch: `stage`, `enc_input_ids` / `enc_attention_mask` `[M, T]`, `dec_input_ids` / `dec_attention_mask` /
+                `labels` `[B, T]`; stage2 adds `query_input_ids` / `query_attention_mask` `[B, T]`; optionally
+                `docs_per_question` `[B]` and `pos_index` (lists of positions).
+            compute_logits: False saves the LM head on every position that has no label.
+
+        Returns:
+            loss: cross-entropy, the mean over the batch's answer tokens (0 when none is left); for
+                stage2_pretrain_retrieval the mean of −log Σ_positives p over questions that have positives.
+            outputs: `logits` `[B, T, V]` or None, `mse_loss`, `topk_idx` `[B, K]` or None, `scores` `[B, N]` or None.
+
+        Raises:
+            ValueError: an unknown stage, or counts that do not fit together.
+        """
+        stage = batch.get("stage")
+        if stage not in STAGES:
+            raise ValueError(f"batch['stage'] must be one of {STAGES}, got {stage!r}")
+        counts_B = self._document_counts(batch, len(batch["labels"]))
+        out: dict = {"logits": None, "topk_idx": None, "scores": None}
+        if stage in ("stage1", "stage1_2"):
+            docs_MLD, out["mse_loss"] = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
+        else:
+            with torch.no_grad(), self.frozen():
+                docs_MLD, out["mse_loss"] = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
+            query_BLD, _ = self.compress(batch["query_input_ids"], batch["query_attention_mask"], QUERY)
+            docs_MLD, out["topk_idx"], out["scores"] = select_documents(
+                query_BLD.flatten(1), docs_MLD, counts_B, self.config.generation_top_k, self.config.topk_temperature
+            )
+        if stage == "stage2_pretrain_retrieval":
+            return self._retrieval_loss(out["scores"], batch["pos_index"]), out
+        embeds_BTD = self.place(batch["dec_input_ids"], docs_MLD)
+        hidden_BTD = self.hidden(DECODER, embeds_BTD, batch["dec_attention_mask"])
+        target_BT = batch["labels"][:, 1:]
+        answer_BT = target_BT != -100
+        if compute_logits:
+            out["logits"] = self.head(hidden_BTD)
+            answer_logits_V = out["logits"][:, :-1][answer_BT]
+        else:
+            answer_logits_V = self.head(hidden_BTD[:, :-1][answer_BT])
+        loss = F.cross_entropy(answer_logits_V.float(), target_BT[answer_BT], reduction="sum")
+        return loss / answer_BT.sum().clamp(min=1), out
+
+    def _document_counts(self, batch: dict, n_questions: int) -> torch.Tensor:
+        n_docs = len(batch["enc_input_ids"])
+        if batch.get("docs_per_question") is not None:
+            counts_B = torch.as_tensor(batch["docs_per_question"], dtype=torch.long).cpu()
+        elif n_docs % n_questions:
+            raise ValueError(f"{n_docs} documents for {n_questions} questions: give batch['docs_per_question']")
+        else:
+            counts_B = torch.full((n_questions,), n_docs // n_questions)
+        if len(counts_B) != n_questions or int(counts_B.sum()) != n_docs or int(counts_B.min()) < 1:
+            raise ValueError(f"docs_per_question {counts_B.tolist()} must be ≥ 1 and add up to {n_docs} documents")
+        return counts_B
+
+    def _retrieval_loss(self, scores_BN: torch.Tensor, positives: list[list[int]]) -> torch.Tensor:
+        """Supervised retrieval: −log Σ_{n positive} softmax(s/τ)_n, averaged over questions with positives."""
+        positive_BN = torch.zeros_like(scores_BN, dtype=torch.bool)
+        for row, indices in enumerate(positives):
+            positive_BN[row, indices] = True
+        log_p_BN = torch.log_softmax(scores_BN / self.config.topk_temperature, dim=-1)
+        known_B = positive_BN.any(1)
+        loss_B = -torch.logsumexp(log_p_BN[known_B].masked_fill(~positive_BN[known_B], float("-inf")), dim=-1)
+        return loss_B.sum() / known_B.sum().clamp(min=1)
+
+    def _in_batches(self, adapter: str, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compresses texts in batches of like length: `[N, L, D]` in the given order, and the MSE over all."""
+        rows = self.tokens.encoder_rows(list(texts))
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        width = self.decoder.config.hidden_size
+        vectors_NLD = torch.empty(len(rows), self.config.n_memory_tokens, width, dtype=self.dtype, device=self.device)
+        squared = torch.zeros((), device=self.device)
+        for start in range(0, len(order), INFERENCE_BATCH):
+            chosen = order[start : start + INFERENCE_BATCH]
+            ids, mask = self.tokens.encoder_batch([rows[i] for i in chosen])
+            vectors_NLD[chosen], mse = self.compress(ids.to(self.device), mask.to(self.device), adapter)
+            squared += mse * len(chosen)
+        return vectors_NLD, squared / max(len(rows), 1)
+
+    @inference
+    def compress_documents(self, documents: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory vectors `[N, L, D]` of any number of documents, and their MSE loss."""
+        return self._in_batches(ENCODER, documents)
+
+    @inference
+    def encode_queries(self, queries: list[str]) -> torch.Tensor:
+        """Questions in the documents' space, flattened: `[B, L·D]`.
+
+        Raises:
+            ValueError: the checkpoint has no query reasoner.
+        """
+        if not self.has_query_reasoner:
+            raise ValueError(
+                "this checkpoint has no query reasoner (its stage is before stage2): load it with "
+                "training_stage='stage2' to start one as a copy of the compressor, or train stage2"
+            )
+        return self._in_batches(QUERY, queries)[0].flatten(1)
+
+    @inference
+    def generate_from_questions(
+        self, questions: list[str], documents: list[list[str]], max_new_tokens: int | None = None
+    ) -> tuple[list[str], torch.Tensor]:
+        """Selects `generation_top_k` of each question's documents by cosine and answers from them.
+
+        Returns:
+            answers, and topk_idx `[B, K]` int64: positions in each question's own list, best first, −1 where a list
+            is shorter than K.
+        """
+        counts_B = _check_documents(questions, documents)
+        docs_MLD, _ = self.compress_documents([doc for docs in documents for doc in docs])
+        query_BE = self.encode_queries(questions)
+        k, temperature = self.config.generation_top_k, self.config.topk_temperature
+        chosen_KLD, topk_BK, _ = select_documents(query_BE, docs_MLD, counts_B, k, temperature)
+        used = counts_B.clamp(max=k).tolist()
+        prompts = [self.answer_prompt(q, n) for q, n in zip(questions, used, strict=True)]
+        return self._generate(prompts, list(chosen_KLD.split(used)), max_new_tokens), topk_BK
+
+    @inference
+    def generate_from_text(
+        self, questions: list[str], documents: list[list[str]], max_new_tokens: int | None = None
+    ) -> list[str]:
+        """Compresses all of each question's documents and answers from them, in the given order."""
+        counts = _check_documents(questions, documents).tolist()
+        docs_MLD, _ = self.compress_documents([doc for docs in documents for doc in docs])
+        prompts = [self.answer_prompt(q, n) for q, n in zip(questions, counts, strict=True)]
+        return self._generate(prompts, list(docs_MLD.split(counts)), max_new_tokens)
+
+    @inference
+    def generate_from_paraphrase(
+        self, questions: list[str], documents: list[list[str]], max_new_tokens: int | None = None
+    ) -> list[str]:
+        """Says the documents again from their memory vectors; `questions` only gives the number of rows."""
+        counts = _check_documents(questions, documents).tolist()
+        docs_MLD, _ = self.compress_documents([doc for docs in documents for doc in docs])
+        prompts = [self.build_prompt(PARAPHRASE, n) for n in counts]
+        return self._generate(prompts, list(docs_MLD.split(counts)), max_new_tokens)
+
+    @inference
+    def generate_from_compressed_documents_and_questions(
+        self, questions: list[str], compressed_documents: torch.Tensor, max_new_tokens: int | None = None
+    ) -> list[str]:
+        """Answers from vectors `[B·K, L, D]` made earlier by `compress_documents`, K documents for each question.
+
+        Raises:
+            ValueError: the number of rows is not a multiple of the number of questions.
+        """
+        if not questions or compressed_documents.shape[0] % len(questions) or compressed_documents.shape[0] == 0:
+            raise ValueError(
+                f"{compressed_documents.shape[0]} compressed documents cannot be shared by {len(questions)} questions: "
+                "give K of them for each question"
+            )
+        k = compressed_documents.shape[0] // len(questions)
+        prompts = [self.answer_prompt(q, k) for q in questions]
+        return self._generate(prompts, list(compressed_documents.to(self.device).split(k)), max_new_tokens)
+
+    def build_prompt(
+        self, kind: str, n_docs: int, query: str = "", answer: str | None = None, instruction: int = 0
+    ) -> Prompt:
+        """A generator input of one kind (`answer`, `qa` or `paraphrase`) from the config's prompts.
+
+        Raises:
+            ValueError: the checkpoint's prompts are not known.
+        """
+        prompts = self.config.prompts
+        if prompts is None:
+            raise ValueError(
+                "this checkpoint carries no prompts: pass prompts={…} to from_pretrained, or keep the "
+                "modeling_clara.py it came with in its directory (its prompts are read from there). Compressing works without"
+            )
+        user = {
+            ANSWER: lambda: prompts["answer_user"],
+            QA: lambda: prompts["qa_user"],
+            PARAPHRASE: lambda: prompts["paraphrase_instructions"][instruction],
+        }[kind]()
+        return self.tokens.prompt(prompts[f"{kind}_system"], user, n_docs, query, answer)
+
+    def answer_prompt(self, question: str, n_docs: int) -> Prompt:
+        """The prompt that answers `question` from n_docs documents."""
+        return self.build_prompt(ANSWER, n_docs, question)
+
+    def _generate(self, prompts: list[Prompt], docs: list[torch.Tensor], max_new_tokens: int | None) -> list[str]:
+        """Greedy answers, in batches of like length; row i reads `docs[i]` `[K_i, L, D]`."""
+        max_new_tokens = max_new_tokens or self.config.max_new_tokens
+        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        longest = max((len(p.ids) for p in prompts), default=0)
+        if limit and longest + max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the base model's {limit}: "
+                "give fewer documents or lower max_new_tokens"
+            )
+        options = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=self.tokens.pad_id,
+            eos_token_id=self._stop_ids(),
+        )
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        texts = [""] * len(prompts)
+        for start in range(0, len(order), INFERENCE_BATCH):
+            chosen = order[start : start + INFERENCE_BATCH]
+            ids, mask = self.tokens.pad_left([prompts[i].ids for i in chosen])
+            embeds_BTD = self.place(ids.to(self.device), torch.cat([docs[i] for i in chosen]))
+            with self.router.route(DECODER):
+                new_BT = self.decoder.generate(
+                    inputs_embeds=embeds_BTD, attention_mask=mask.to(self.device), generation_config=options
+                )
+            decoded = self.tokens.tokenizer.batch_decode(new_BT, skip_special_tokens=True)
+            for i, text in zip(chosen, decoded, strict=True):
+                texts[i] = text.strip()
+        return texts
+
+    def _stop_ids(self) -> list[int]:
+        """Ids that end an answer: the tokenizer's and the base model's own, and the chat template's end of turn."""
+        own = getattr(self.decoder.generation_config, "eos_token_id", None)
+        ids = {self.tokens.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        prompts = self.config.prompts
+        if prompts is not None:
+            ids.update(self.tokens.end_of_turn_ids(prompts["answer_system"], prompts["answer_user"]))
+        return sorted(i for i in ids if i is not None)
+
+
+def _check_documents(questions: list[str], documents: list[list[str]]) -> torch.Tensor:
+    """Number of documents of each question `[B]`; ValueError when the lists do not pair up or one is empty."""
+    if isinstance(documents, str) or any(isinstance(docs, str) for docs in documents):
+        raise ValueError("documents must be one list of strings for each question, e.g. [[doc, doc], [doc]]")
+    if len(questions) != len(documents) or not questions:
+        raise ValueError(
+            f"{len(questions)} questions for {len(documents)} lists of documents: give one list a question"
+        )
+    empty = [i for i, docs in enumerate(documents) if not docs]
+    if empty:
+        raise ValueError(f"question {empty[0]} has no documents; every question needs at least one")
+    return torch.tensor([len(docs) for docs in documents])
