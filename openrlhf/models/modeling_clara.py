@@ -32,7 +32,7 @@ from .adapters import (
 )
 from .checkpoint import load_decoder, load_pretrained, save_pretrained
 from .configuration_clara import STAGES, CLaRaConfig
-from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE, QA
+from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE
 from .selection import select_documents
 from .tokens import ClaraTokens, Prompt
 
@@ -127,7 +127,7 @@ class CLaRa(PreTrainedModel):
         mean_D, std_D = base_VD.float().mean(0), base_VD.float().std(0)
         noise_SD = torch.randn(self.tokens.n_special, base_VD.shape[1]).to(mean_D.device)
         rows_SD = (mean_D + std_D * noise_SD).to(base_VD.dtype)
-        tied = head_VD.data_ptr() == base_VD.data_ptr()
+        tied = decoder.get_output_embeddings().weight is decoder.get_input_embeddings().weight
         head_SD = None if tied else head_VD.float().mean(0, keepdim=True).expand_as(rows_SD).to(base_VD.dtype)
         return SpecialEmbeddings(rows_SD, len(self.config.memory_tokens), head_SD)
 
@@ -151,10 +151,10 @@ class CLaRa(PreTrainedModel):
         for parameter in adapter_state(self.decoder, QUERY).values():
             parameter.requires_grad_(False)
 
-    def reset_decoder_adapter(self) -> None:
-        """Starts the generator's adapter afresh, as the public code does in stage1_2."""
+    def reset_adapter(self, name: str) -> None:
+        """Starts an adapter afresh (B zero: a no-op until trained)."""
         for layer in self.router.layers:
-            layer.reset_lora_parameters(DECODER, init_lora_weights=True)
+            layer.reset_lora_parameters(name, init_lora_weights=True)
 
     def train_stage(self, stage: str, freeze_query_reasoner: bool = False) -> None:
         """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings."""
@@ -395,26 +395,9 @@ class CLaRa(PreTrainedModel):
         prompts = [self.answer_prompt(q, k) for q in questions]
         return self._generate(prompts, list(compressed_documents.to(self.device).split(k)), max_new_tokens)
 
-    def build_prompt(
-        self, kind: str, n_docs: int, query: str = "", answer: str | None = None, instruction: int = 0
-    ) -> Prompt:
-        """A generator input of one kind (`answer`, `qa` or `paraphrase`) from the config's prompts.
-
-        Raises:
-            ValueError: the checkpoint's prompts are not known.
-        """
-        prompts = self.config.prompts
-        if prompts is None:
-            raise ValueError(
-                "this checkpoint carries no prompts: pass prompts={…} to from_pretrained, or keep the "
-                "modeling_clara.py it came with in its directory (its prompts are read from there). Compressing works without"
-            )
-        user = {
-            ANSWER: lambda: prompts["answer_user"],
-            QA: lambda: prompts["qa_user"],
-            PARAPHRASE: lambda: prompts["paraphrase_instructions"][instruction],
-        }[kind]()
-        return self.tokens.prompt(prompts[f"{kind}_system"], user, n_docs, query, answer)
+    def build_prompt(self, kind: str, n_docs: int, query: str = "", **options) -> Prompt:
+        """See `ClaraTokens.build_prompt`."""
+        return self.tokens.build_prompt(kind, n_docs, query, **options)
 
     def answer_prompt(self, question: str, n_docs: int) -> Prompt:
         """The prompt that answers `question` from n_docs documents."""

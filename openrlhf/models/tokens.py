@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_clara import CLaRaConfig
+from .prompts import PARAPHRASE
 
 # Private-use characters, so that no text of ours or of a template contains them.
 _ANCHOR = "\ue0f0clara\ue0f1"
@@ -113,6 +114,24 @@ class ClaraTokens:
         # A token may straddle the border (a prompt that ends in a space): it belongs to the answer.
         same = len(os.path.commonprefix([prompt_ids, joint]))
         return Prompt(joint + self._end_of_turn(after_answer), same)
+
+    def build_prompt(
+        self, kind: str, n_docs: int, query: str = "", answer: str | None = None, instruction: int = 0
+    ) -> Prompt:
+        """A generator input of one kind (`answer`, `qa` or `paraphrase`) from the config's prompts.
+
+        Raises:
+            ValueError: the checkpoint's prompts are not known.
+        """
+        prompts = self.config.prompts
+        if prompts is None:
+            raise ValueError(
+                "this checkpoint carries no prompts: pass prompts={…} to from_pretrained, or keep the "
+                "modeling_clara.py it came with in its directory (its prompts are read from there). "
+                "Compressing works without"
+            )
+        user = prompts["paraphrase_instructions"][instruction] if kind == PARAPHRASE else prompts[f"{kind}_user"]
+        return self.prompt(prompts[f"{kind}_system"], user, n_docs, query, answer)
 
     def end_of_turn_ids(self, system: str, user: str) -> list[int]:
         """Ids that end the assistant's turn in the chat template."""

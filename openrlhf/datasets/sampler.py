@@ -1,0 +1,61 @@
+"""Which records make up which micro-batch. A pure function of (seed, epoch, step): resuming needs no saved state.
+
+A global batch does not depend on the number of ranks or on the micro-batch size: it is drawn first, sorted by length
+so that its micro-batches need little padding, and only then dealt out.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Records of one micro-batch; `number` is its place in the global batch, and seeds its dropout.
+
+    `real` is false where a rank has nothing left to do while others do: its copy of a record counts for nothing.
+    """
+
+    indices: list[int]
+    number: int
+    real: bool = True
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The order of training.
+
+    Args:
+        n_records: records in the data set, at least 1.
+        batch_size: records of a global batch; the last one of an epoch may be smaller, none is left out.
+        micro_size: records of a micro-batch.
+        seed: of the permutation of each epoch.
+    """
+
+    n_records: int
+    batch_size: int
+    micro_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one pass over the data."""
+        return math.ceil(self.n_records / self.batch_size)
+
+    def global_batch(self, step: int) -> tuple[int, list[int]]:
+        """(epoch, record indices) of a step, counted from 0 over all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = list(range(self.n_records))
+        random.Random(f"{self.seed}/order/{epoch}").shuffle(order)
+        return epoch, order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def share(self, indices: Sequence[int], length: Callable[[int], int], rank: int, world: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a global batch; every rank gets the same number of them."""
+        order = sorted(indices, key=lambda index: (length(index), index))
+        chunks = [order[start : start + self.micro_size] for start in range(0, len(order), self.micro_size)]
+        mine = []
+        for number in range(rank, math.ceil(len(chunks) / world) * world, world):
+            real = number < len(chunks)
+            mine.append(MicroBatch(chunks[number] if real else chunks[0][:1], number, real))
+        return mine

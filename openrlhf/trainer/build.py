@@ -1,0 +1,254 @@
+"""From flags to a model, data and a plan: the steps between parsing and training. Knows nothing about the loop."""
+
+import importlib.util
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+from openrlhf.datasets.collators import COLLATORS, Collator
+from openrlhf.datasets.records import load_records
+from openrlhf.models.adapters import DECODER, QUERY, adapter_state
+from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config, trained_state
+from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa, CLaRaConfig
+from openrlhf.models.prompts import DEFAULT_PROMPTS
+from openrlhf.models.tokens import ClaraTokens
+from openrlhf.trainer.config import STAGE2, TrainingConfig
+from openrlhf.utils.distributed import Engine, barrier, rank, seed_everything
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_paths(config: TrainingConfig) -> Path | None:
+    """Finds base model and checkpoint, and checks the flags against the checkpoint, all before anything big loads.
+
+    Returns:
+        the checkpoint's directory, None without --pretrain_checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: something is missing or does not fit.
+    """
+    if config.use_ms:
+        from modelscope import snapshot_download
+
+        config.pretrain = snapshot_download(config.pretrain)
+    find_base(config.pretrain, Path.cwd())
+    if not config.pretrain_checkpoint:
+        return None
+    root = find_checkpoint(config.pretrain_checkpoint)
+    _, saved = read_config(root, None, {})
+    wanted = {"doc_max_length": config.doc_max_length, "compr_rate": config.compress_rate, "lora_r": config.lora_r}
+    for name, value in wanted.items():
+        if getattr(saved, name) != value:
+            flag = "compress_rate" if name == "compr_rate" else name
+            raise ValueError(
+                f"{root} was trained with --{flag} {getattr(saved, name)}, this run asks for {value}: pass the "
+                "checkpoint's value, or start from a checkpoint of the setting you want"
+            )
+    if config.stage.startswith("stage1") and saved.training_stage in STAGE2:
+        logger.warning(
+            "%s is a %s checkpoint: training its compressor again outdates its query reasoner",
+            root,
+            saved.training_stage,
+        )
+    return root
+
+
+def model_config(config: TrainingConfig, root: Path | None) -> CLaRaConfig:
+    """The CLaRaConfig of the run: the checkpoint's where there is one, with this run's flags on top."""
+    if root is not None:
+        model = read_config(root, None, {})[0]
+        model.prompts = model.prompts or DEFAULT_PROMPTS
+    else:
+        model = CLaRaConfig(
+            doc_max_length=config.doc_max_length,
+            compr_rate=config.compress_rate,
+            lora_r=config.lora_r,
+            prompts=DEFAULT_PROMPTS,
+        )
+    model.decoder_model_name = config.pretrain
+    model.training_stage = config.stage
+    model.generation_top_k = config.generation_top_k
+    model.topk_temperature = config.topk_temperature
+    model.optimize_mem_tokens = not config.freeze_memory_embeddings
+    model.check()
+    return model
+
+
+def load_tokens(config: TrainingConfig, model: CLaRaConfig) -> ClaraTokens:
+    """Tokenizer, layouts and prompts, without any weights; checks that max_len holds the K documents.
+
+    Raises:
+        ValueError: max_len is too small, or the tokenizer has no usable chat template.
+    """
+    source, _ = find_base(config.pretrain, Path.cwd())
+    tokens = ClaraTokens(AutoTokenizer.from_pretrained(source, use_fast=not config.disable_fast_tokenizer), model)
+    shortest = len(tokens.build_prompt("answer", config.generation_top_k).ids)
+    if shortest >= config.max_len:
+        raise ValueError(
+            f"--max_len {config.max_len} leaves no room for an answer: {config.generation_top_k} documents of "
+            f"{model.n_memory_tokens} memory tokens and the prompt already take {shortest}"
+        )
+    return tokens
+
+
+def load_data(config: TrainingConfig):
+    """(training records, evaluation records or None)."""
+    options = {"stage": config.stage, "seed": config.seed, "skip_bad": config.skip_bad_records}
+    options.update(max_samples=config.max_samples, paraphrases_only=not config.qa_loss)
+    train = load_records(config.dataset, split=config.dataset_split, probs=config.probs, **options)
+    if not config.eval_dataset:
+        return train, None
+    return train, load_records(config.eval_dataset, split=config.eval_split, **options)
+
+
+def attention(config: TrainingConfig) -> str | None:
+    """The attention implementation; says in one line when flash-attn was asked for and is not there."""
+    if not config.flash_attn:
+        return None
+    if torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    logger.info("--flash_attn: flash-attn needs CUDA and the package flash-attn; using PyTorch's SDPA")
+    return "sdpa"
+
+
+def build_model(config: TrainingConfig, model_cfg: CLaRaConfig, root: Path | None, device: torch.device) -> CLaRa:
+    """The model of a stage on `device`, with `requires_grad` as the stage wants it."""
+    seed_everything(config.seed, "initialisation")
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    options = {"dtype": dtype, "use_fast": not config.disable_fast_tokenizer}
+    model_cfg.attn_implementation = attention(config)
+    if root is None:
+        model = CLaRa.from_base(model_cfg, **options)
+    else:
+        model = CLaRa.from_pretrained(root, config=model_cfg, **options)
+    model.config.attn_implementation = None  # a choice of this machine, not of the checkpoint
+    if config.reset_decoder:
+        model.reset_adapter(DECODER)
+    if config.fresh_query_reasoner:
+        model.reset_adapter(QUERY)
+    model.to(device)
+    model.train_stage(config.stage, freeze_query_reasoner=config.freeze_query_reasoner)
+    if config.gradient_checkpointing:
+        model.checkpoint_layers()
+    return model
+
+
+def build_engine(config: TrainingConfig, model: CLaRa, n_steps: int) -> Engine:
+    """AdamW and the schedule over what trains, in a DeepSpeed engine."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.learning_rate, betas=tuple(config.adam_betas), weight_decay=config.l2
+    )
+    warm_up = int(config.lr_warmup_ratio * n_steps)
+    specific = {"min_lr_rate": 0.1} if config.lr_scheduler == "cosine_with_min_lr" else None
+    scheduler = get_scheduler(config.lr_scheduler, optimizer, warm_up, n_steps, scheduler_specific_kwargs=specific)
+    return Engine(model, optimizer, scheduler, config)
+
+
+def build_collator(config: TrainingConfig, tokens: ClaraTokens) -> Collator:
+    """The stage's collator."""
+    return COLLATORS[config.stage](tokens, config.stage, config.max_len, config.generation_top_k, config.seed)
+
+
+def answerer(model: CLaRa, config: TrainingConfig):
+    """Answers records as the stage's users would: from all (first K) documents, or from the selected ones."""
+
+    def answer(rows: list[dict]) -> list[str]:
+        questions = [row["question"][0] for row in rows]
+        if config.stage == "stage1_2":
+            return model.generate_from_text(questions, [row["docs"][: config.generation_top_k] for row in rows], 64)
+        return model.generate_from_questions(questions, [row["docs"] for row in rows], 64)[0]
+
+    return answer
+
+
+def saver(engine: Engine, config: TrainingConfig):
+    """Writes a checkpoint that `from_pretrained` loads, with its model card; called on all ranks."""
+
+    def save(target: Path, last: dict) -> None:
+        model = engine.model
+        small = [p for name, p in model.named_parameters() if "lora_" in name or name.startswith("special.")]
+        with engine.gathered(small):
+            if rank() == 0:
+                model.save_pretrained(target, state=trained_state(model), card=model_card(model, config, last))
+        barrier()
+
+    return save
+
+
+def model_card(model: CLaRa, config: TrainingConfig, last: dict) -> str:
+    """README.md of a checkpoint: base model, stage, data, hyperparameters, last figures."""
+    base = os.path.basename(config.pretrain.rstrip("/")) if model.base_path else config.pretrain
+    shown = "stage generation_top_k doc_max_length compress_rate lora_r learning_rate lr_scheduler train_batch_size"
+    rows = [f"| {name} | {getattr(config, name)} |" for name in (*shown.split(), "max_epochs", "seed")]
+    origin = config.pretrain_checkpoint or "nothing"
+    figures = [f"| {split} | {json.dumps(line)} |" for split, line in last.items()]
+    return "\n".join(
+        [
+            f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [clara, rag, compression]\n---",
+            f"# CLaRa, {config.stage}, rate {config.compress_rate}\n",
+            f"Base model: `{base}`. Data: `{config.dataset}`. Continued from: `{origin}`.\n",
+            "| setting | value |\n|---|---|",
+            *rows,
+            "\nLast figures of the run (`metrics.jsonl` beside this file has all):\n\n| split | figures |\n|---|---|",
+            *figures,
+            "\n```python\nfrom transformers import AutoModel\n\n"
+            'model = AutoModel.from_pretrained("PATH_OF_THIS_DIRECTORY", trust_remote_code=True)\n```\n',
+        ]
+    )
+
+
+def describe(config: TrainingConfig, model_cfg: CLaRaConfig, tokens: ClaraTokens, data, world: int) -> dict:
+    """What --dry_run prints: sizes from the base model's config alone, steps, tokens and expected memory."""
+    source, _ = find_base(config.pretrain, Path.cwd())
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = CLaRa(model_cfg, base, tokens.tokenizer)
+        if config.stage in STAGE2:
+            model.add_query_reasoner()
+    model.train_stage(config.stage, freeze_query_reasoner=config.freeze_query_reasoner)
+    trainable = {
+        name: sum(p.numel() for p in adapter_state(model.decoder, name).values() if p.requires_grad)
+        for name in model.decoder.peft_config
+    }
+    trainable["memory_embeddings"] = model.special.memory.numel() if model.special.memory.requires_grad else 0
+    learning, total = sum(trainable.values()), sum(p.numel() for p in model.parameters())
+    steps = -(-len(data) // config.train_batch_size) * config.max_epochs
+    some = [{**data[i], "index": i} for i in range(0, len(data), max(1, len(data) // 200))]
+    collate = build_collator(config, tokens)
+    batches = [collate([row], epoch=0) for row in some]
+    tokens_a_record = sum(batch["n_tokens"] for batch in batches) / len(batches)
+    widest = max(batch["n_tokens"] for batch in batches) * config.micro_train_batch_size
+    return {
+        "records": len(data),
+        "steps": steps,
+        "trainable_parameters": trainable,
+        "all_parameters": total,
+        "tokens_per_record": round(tokens_a_record, 1),
+        "tokens_in_all": round(tokens_a_record * len(data) * config.max_epochs),
+        "expected_memory_gb": expected_memory(config, base.config, total, learning, widest, world),
+        "adapters_trained": list(STAGE_TRAINS[config.stage][0]),
+    }
+
+
+def expected_memory(
+    config: TrainingConfig, base, total: int, learning: int, tokens: int, world: int
+) -> dict[str, float]:
+    """Gigabytes a rank needs: weights, gradients and optimiser state (12 bytes a parameter, shared out), activations.
+
+    Activations are counted as what autograd keeps of a layer for each token: its input alone with checkpointing, else
+    about 14 hidden sizes and 5 intermediate sizes.
+    """
+    size = 2 if config.bf16 else 4
+    hidden, layers = base.hidden_size, base.num_hidden_layers
+    kept = hidden if config.gradient_checkpointing else 14 * hidden + 5 * getattr(base, "intermediate_size", 4 * hidden)
+    parts = {
+        "weights": total * size / (world if config.zero_stage == 3 else 1),
+        "gradients_and_optimizer": learning * (size + 4 + 12 / world),
+        "activations": tokens * layers * kept * size,
+    }
+    return {name: round(value / 1e9, 2) for name, value in (*parts.items(), ("sum", sum(parts.values())))}

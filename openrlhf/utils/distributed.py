@@ -1,0 +1,188 @@
+"""Processes and the DeepSpeed engine: one place that knows how many ranks there are and how ZeRO is set up.
+
+Knows nothing about the model's parts, stages or data.
+"""
+
+import logging
+import os
+import random
+import shutil
+import socket
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+PARTIAL = "partial-"
+
+
+def start_processes(local_rank: int = -1, timeout_minutes: int = 60) -> torch.device:
+    """Joins the process group that torchrun or deepspeed described, or makes one of a single process.
+
+    Returns:
+        this rank's device: its CUDA device where there is one, else the CPU.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    os.environ.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        # The shared-memory all-reduce would be compiled here; gloo does without, and no compiler is needed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    return device
+
+
+def rank() -> int:
+    """This process's number, 0 where there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sums each value over all ranks, in float64; every rank must give the same keys."""
+    keys = sorted(values)
+    total = torch.tensor([float(values[key]) for key in keys], dtype=torch.float64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return dict(zip(keys, total.tolist(), strict=True))
+
+
+def min_over_ranks(value: int, device: torch.device) -> int:
+    """The smallest of the ranks' values."""
+    smallest = torch.tensor(value, device=device)
+    if world_size() > 1:
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's (picklable) value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def seed_everything(*parts: object) -> None:
+    """Seeds torch (and so LoRA dropout) by a function of `parts`, on every device."""
+    torch.manual_seed(random.Random("/".join(map(str, parts))).getrandbits(63))
+
+
+def engine_config(args: SimpleNamespace) -> dict:
+    """The DeepSpeed configuration of a run."""
+    return {
+        "train_micro_batch_size_per_gpu": args.micro_train_batch_size,
+        "gradient_accumulation_steps": max(1, args.train_batch_size // (args.micro_train_batch_size * world_size())),
+        "bf16": {"enabled": args.bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "gradient_clipping": args.max_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": args.zero_stage, "overlap_comm": False},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """A DeepSpeed engine over one model.
+
+    Args:
+        model: its `requires_grad` flags must be final: only those parameters are ever updated.
+        optimizer: over the trainable parameters.
+        scheduler: of the learning rate, stepped once an optimiser step.
+        args: see `engine_config`.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer, scheduler, args: SimpleNamespace):
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=trainable,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=engine_config(args),
+            dist_init_required=False,
+        )
+        self.model = model
+        self.zero_stage = args.zero_stage
+
+    def __call__(self, *args, **kwargs):
+        """Forward pass through the engine."""
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds the gradients of one micro-batch; `last` marks the end of the global batch.
+
+        The engine averages over ranks: give `loss` already multiplied by their number.
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self) -> float:
+        """Clips, updates, steps the schedule; returns the gradient norm before clipping."""
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm()
+        return float(norm) if norm is not None else float("nan")
+
+    def gathered(self, parameters):
+        """Context in which partitioned parameters (ZeRO-3) are whole."""
+        return deepspeed.zero.GatheredParameters(list(parameters), enabled=self.zero_stage == 3)
+
+    def save(self, folder: Path, name: str, position: dict) -> None:
+        """Writes a checkpoint to resume from; under its own name only once every rank has written its part."""
+        partial = folder / f"{PARTIAL}{name}"
+        if rank() == 0 and partial.exists():
+            shutil.rmtree(partial)
+        barrier()
+        self.engine.save_checkpoint(
+            str(folder), tag=partial.name, client_state=position, save_latest=False, exclude_frozen_parameters=True
+        )
+        barrier()
+        if int(os.environ["LOCAL_RANK"]) == 0 and partial.exists():  # on a shared file system one node renames for all
+            _sync_files(partial)
+            try:
+                os.replace(partial, folder / name)
+            except FileNotFoundError:
+                if not (folder / name).is_dir():
+                    raise
+        barrier()
+
+    def load(self, folder: Path, name: str) -> dict:
+        """Restores weights, optimiser and schedule; returns what `save` was given as `position`."""
+        path, position = self.engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
+        if path is None:
+            raise FileNotFoundError(f"the checkpoint {folder / name} could not be read by this number of ranks")
+        return position
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
