@@ -1,0 +1,80 @@
+# Sourced by the scripts beside it: variables, the virtual environment, and how training is launched.
+# Variables come from the caller's environment, then from .env, then from the defaults below.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -f .env ]; then
+    while IFS='=' read -r name value; do
+        name="${name#export }"
+        [[ "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || continue
+        value="${value%$'\r'}"
+        value="${value%\"}"
+        value="${value#\"}"
+        [ -n "${!name+set}" ] || export "$name=$value"
+    done < .env
+fi
+
+MODEL_PATH="${MODEL_PATH:-.models/SmolLM2-135M-Instruct}"
+DATA_PATH="${DATA_PATH:-./example}"
+CHECKPOINT_ROOT="${CHECKPOINT_ROOT:-./checkpoints}"
+NUM_NODES="${NUM_NODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
+MASTER="${MASTER:-127.0.0.1}"
+MASTER_PORT="${MASTER_PORT:-29500}"
+
+say() { printf '\n== %s\n' "$*"; }
+
+# The interpreter: the active environment's, else .venv's, else the system's.
+find_python() {
+    if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ] || [ ! -x .venv/bin/python ]; then
+        PYTHON="${PYTHON:-python3}"
+    else
+        PYTHON="${PYTHON:-.venv/bin/python}"
+    fi
+}
+
+# Makes .venv where it is absent and installs what is pinned, once for each state of the requirement files.
+make_venv() {
+    if [ ! -x .venv/bin/python ]; then
+        local base
+        for base in python3.11 python3.12 python3.10 python3; do
+            "$base" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2> /dev/null && break
+            base=""
+        done
+        [ -n "$base" ] || { echo "Python 3.10, 3.11 or 3.12 is needed" >&2; exit 1; }
+        say "making .venv with $("$base" --version)"
+        "$base" -m venv .venv
+    fi
+    PYTHON=.venv/bin/python
+    local stamp
+    stamp="$(cat requirements.txt setup.py "$@" | cksum)"
+    if [ "$(cat .venv/installed 2> /dev/null)" != "$stamp" ]; then
+        say "installing the pinned packages into .venv (a few minutes the first time)"
+        local options=(-r requirements.txt)
+        for file in "$@"; do options+=(-r "$file"); done
+        DS_BUILD_OPS=0 "$PYTHON" -m pip install --quiet --disable-pip-version-check "${options[@]}"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps -e .
+        echo "$stamp" > .venv/installed
+    fi
+}
+
+# train STAGE_ARGUMENTS…: one process for each device of this node, NUM_NODES nodes.
+train() {
+    find_python
+    local devices
+    devices="$( (nvidia-smi -L 2> /dev/null || true) | grep -c '^GPU' || true)"
+    NUM_LOCAL_GPUS="${NUM_LOCAL_GPUS:-$((devices > 0 ? devices : 1))}"
+    if [ "$devices" = 0 ]; then
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > NUM_LOCAL_GPUS ? $(nproc) / NUM_LOCAL_GPUS : 1))}"
+    fi
+    if [ "$MODEL_PATH" = .models/SmolLM2-135M-Instruct ] && [ ! -f "$MODEL_PATH/config.json" ]; then
+        echo "no base model yet: python scripts/get_base_model.py makes $MODEL_PATH, or set MODEL_PATH" >&2
+        exit 1
+    fi
+    local meeting=(--nnodes "$NUM_NODES" --node_rank "$NODE_RANK" --master_addr "$MASTER" --master_port "$MASTER_PORT")
+    [ "$NUM_NODES" -gt 1 ] || meeting=(--standalone)
+    local launcher=(-m torch.distributed.run "${meeting[@]}" --nproc_per_node "$NUM_LOCAL_GPUS")
+    [ "$NUM_NODES$NUM_LOCAL_GPUS" != 11 ] || launcher=()
+    "$PYTHON" "${launcher[@]}" -m openrlhf.cli.train_sft --pretrain "$MODEL_PATH" --dataset "$DATA_PATH" \
+        --save_path "$CHECKPOINT_ROOT/$SAVE_MODEL_NAME" --ckpt_path "$CHECKPOINT_ROOT/$SAVE_MODEL_NAME/checkpoints" "$@"
+}

@@ -1,0 +1,31 @@
+"""pip install -e .            the core
+pip install -e '.[test]'       with what the tests need; further extras below."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="clara-rag",
+    version="0.1.0",
+    description="CLaRa: retrieval-augmented generation in which a language model reads compressed documents",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["openrlhf", "openrlhf.*", "evaluation", "evaluation.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0",
+        "deepspeed>=0.18",
+        "peft>=0.18",
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "safetensors>=0.4",
+        "wandb",
+    ],
+    extras_require={
+        "flash": ["flash-attn"],
+        "ray": ["ray[default]"],
+        "eval": ["matplotlib", "scikit-learn", "bm25s", "sentence-transformers"],
+        "pipeline": ["gguf>=0.17"],
+        "serve": ["fastapi", "uvicorn"],
+        "test": ["pytest", "ruff", "mypy", "tensorboard", "matplotlib"],
+    },
+)
