@@ -28,7 +28,7 @@ FIXED = (
 
 def parse(argv: list[str] | None = None) -> TrainingConfig:
     """Flags to a checked configuration; prints what is wrong and exits with 2."""
-    parser = HfArgumentParser(TrainingConfig, allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(TrainingConfig, allow_abbrev=False, description=__doc__.split("\n")[0])  # type: ignore[arg-type]
     try:
         (config,) = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:

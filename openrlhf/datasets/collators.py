@@ -4,6 +4,7 @@
 
 import random
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class Collator:
         enc_ids, enc_mask = self.tokens.encoder_batch(encoder_rows)
         dec_ids, labels = self._generator_rows([self.prompt(row, epoch, train) for row in rows], counts)
         dec_input_ids, dec_mask = self.tokens.pad_left(dec_ids)
-        batch = {
+        batch: dict[str, Any] = {
             "stage": self.stage,
             "enc_input_ids": enc_ids,
             "enc_attention_mask": enc_mask,
@@ -110,7 +111,7 @@ class PretrainingCollator(Collator):
         """QA set, or a paraphrase under an instruction drawn by the seed (the first one in evaluation)."""
         if row["data_type"] == "qa":
             return self.tokens.build_prompt(QA, 1, answer=qa_answer(row["question"], row["answers"]))
-        choices = len(self.tokens.config.prompts["paraphrase_instructions"])
+        choices = len((self.tokens.config.prompts or {})["paraphrase_instructions"])
         drawn = self._rng(row, epoch).randrange(choices) if train else 0
         return self.tokens.build_prompt(PARAPHRASE, 1, answer=row["answers"][0], instruction=drawn)
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -27,6 +28,9 @@ class SpecialEmbeddings(nn.Module):
     an untied LM head, None where the head is tied to the input embedding.
     """
 
+    others: torch.Tensor
+    head: torch.Tensor | None
+
     def __init__(self, rows_SD: torch.Tensor, n_memory: int, head_SD: torch.Tensor | None):
         super().__init__()
         self.memory = nn.Parameter(rows_SD[:n_memory].clone())
@@ -46,12 +50,23 @@ class AdapterRouter:
     """
 
     def __init__(self, decoder: nn.Module):
-        self.layers = [module for module in decoder.modules() if isinstance(module, BaseTunerLayer)]
+        self.layers: list[Any] = [module for module in decoder.modules() if isinstance(module, BaseTunerLayer)]
         self.active: str | None = None
+
+    def check(self, name: str) -> None:
+        """Raises ValueError when the decoder has no adapter `name`."""
+        names = list(self.layers[0].lora_A) if self.layers else []
+        if name not in names:
+            raise ValueError(f"the model has no {name}, only {names}: load a checkpoint with it, or add it first")
 
     @contextmanager
     def route(self, name: str) -> Iterator[None]:
-        """Runs the body with adapter `name` active in every LoRA layer."""
+        """Runs the body with adapter `name` active in every LoRA layer.
+
+        Raises:
+            ValueError: there is no such adapter; PEFT would run the bare base model in silence.
+        """
+        self.check(name)
         before, was = [layer._active_adapter for layer in self.layers], self.active
         try:
             for layer in self.layers:
@@ -107,7 +122,7 @@ def load_adapter_state(decoder: nn.Module, name: str, state: dict[str, torch.Ten
             parameter.copy_(state[key])
 
 
-def save_adapter(decoder: nn.Module, name: str, state: dict[str, torch.Tensor], target: Path, base_name: str) -> None:
+def save_adapter(decoder: Any, name: str, state: dict[str, torch.Tensor], target: Path, base_name: str) -> None:
     """Writes adapter_config.json and adapter_model.safetensors as PEFT and vLLM read them."""
     target.mkdir(parents=True, exist_ok=True)
     config = decoder.peft_config[name]
@@ -129,7 +144,7 @@ def read_adapter(source: Path, rank: int) -> dict[str, torch.Tensor]:
     for file in ("adapter_config.json", WEIGHTS_FILE):
         if not (source / file).is_file():
             raise FileNotFoundError(f"{source / file} is missing: the checkpoint is not complete, copy it again")
-    config = LoraConfig.from_pretrained(source)
+    config = LoraConfig.from_pretrained(str(source))
     if (config.r, config.lora_alpha) != (rank, 2 * rank):
         raise ValueError(f"{source} has rank {config.r} and alpha {config.lora_alpha}, config.json says lora_r {rank}")
     return {key.removeprefix(_PEFT_PREFIX): value for key, value in load_file(source / WEIGHTS_FILE).items()}

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .adapters import (
@@ -82,7 +81,7 @@ class CLaRa(PreTrainedModel):
     def __init__(
         self,
         config: CLaRaConfig,
-        decoder: nn.Module | None = None,
+        decoder: Any = None,
         tokenizer=None,
         adapters: Sequence[str] = (ENCODER, DECODER),
         base_path: Path | None = None,
@@ -116,11 +115,13 @@ class CLaRa(PreTrainedModel):
         """Loads a checkpoint of ours or of the public format; see `checkpoint.load_pretrained`."""
         return load_pretrained(cls, pretrained_model_name_or_path, config, **kwargs)
 
-    def save_pretrained(self, save_directory, state: dict | None = None, card: str | None = None, **_) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, state: dict | None = None, card: str | None = None, **_
+    ) -> None:
         """Writes a checkpoint, atomically; see `checkpoint.save_pretrained`."""
         save_pretrained(self, Path(save_directory), state=state, card=card)
 
-    def _new_special_embeddings(self, decoder: nn.Module) -> SpecialEmbeddings:
+    def _new_special_embeddings(self, decoder: Any) -> SpecialEmbeddings:
         """Fresh rows drawn from the mean and spread of the base rows; a neutral (mean) row in an untied LM head."""
         base_VD = decoder.get_input_embeddings().weight.detach()
         head_VD = decoder.get_output_embeddings().weight.detach()
@@ -159,6 +160,8 @@ class CLaRa(PreTrainedModel):
     def train_stage(self, stage: str, freeze_query_reasoner: bool = False) -> None:
         """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings."""
         adapters, memory = STAGE_TRAINS[stage]
+        for name in adapters:
+            self.router.check(name)
         learning = [name for name in adapters if not (freeze_query_reasoner and name == QUERY)]
         for name in self.decoder.peft_config:
             for parameter in adapter_state(self.decoder, name).values():
@@ -170,6 +173,10 @@ class CLaRa(PreTrainedModel):
         """Gradient checkpointing: recompute each layer in backward, under the adapter active in its forward pass."""
         options = {"use_reentrant": False, "context_fn": lambda: self.router.checkpoint_contexts()}
         self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def gradient_checkpointing_enable(self, *_, **__) -> None:
+        """The same as `checkpoint_layers`: the stock way would recompute under whichever adapter is active by then."""
+        self.checkpoint_layers()
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -226,15 +233,20 @@ class CLaRa(PreTrainedModel):
         text_MD = (hidden_MTD[:, :-n_memory].float() * text_MT1).sum(1) / text_MT1.sum(1)
         return docs_MLD, F.mse_loss(docs_MLD.float().mean(1), text_MD)
 
-    def place(self, ids_BT: torch.Tensor, docs_KLD: torch.Tensor) -> torch.Tensor:
-        """Embeds generator inputs, each memory token replaced by the next document vector, in reading order."""
+    def place(self, ids_BT: torch.Tensor, docs_KLD: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
+        """Embeds generator inputs, each memory token replaced by the next document vector, in reading order.
+
+        Raises:
+            ValueError: a row b does not hold the memory tokens of exactly `counts_B[b]` documents.
+        """
         embeds_BTD = self.embed(ids_BT)
         first, last = self.tokens.memory_ids[0], self.tokens.memory_ids[-1]
         memory_BT = (ids_BT >= first) & (ids_BT <= last)
-        if int(memory_BT.sum()) != docs_KLD.shape[0] * docs_KLD.shape[1]:
+        slots_B, needed_B = memory_BT.sum(1), counts_B.to(ids_BT.device) * docs_KLD.shape[1]
+        if not torch.equal(slots_B, needed_B):
             raise ValueError(
-                f"the prompts hold {int(memory_BT.sum())} memory tokens, the documents {docs_KLD.shape[0]} × "
-                f"{docs_KLD.shape[1]} vectors: a prompt was cut inside its documents (raise --max_len)"
+                f"the prompts hold {slots_B.tolist()} memory tokens, their documents {needed_B.tolist()} vectors: "
+                "a prompt was cut inside its documents (raise --max_len) or written for another number of them"
             )
         return embeds_BTD.masked_scatter(memory_BT.unsqueeze(-1), docs_KLD.to(embeds_BTD.dtype))
 
@@ -270,8 +282,9 @@ class CLaRa(PreTrainedModel):
                 query_BLD.flatten(1), docs_MLD, counts_B, self.config.generation_top_k, self.config.topk_temperature
             )
         if stage == "stage2_pretrain_retrieval":
-            return self._retrieval_loss(out["scores"], batch["pos_index"]), out
-        embeds_BTD = self.place(batch["dec_input_ids"], docs_MLD)
+            return self._retrieval_loss(out["scores"], batch["pos_index"], counts_B), out
+        used_B = counts_B if out["topk_idx"] is None else counts_B.clamp(max=self.config.generation_top_k)
+        embeds_BTD = self.place(batch["dec_input_ids"], docs_MLD, used_B)
         hidden_BTD = self.hidden(DECODER, embeds_BTD, batch["dec_attention_mask"])
         target_BT = batch["labels"][:, 1:]
         answer_BT = target_BT != -100
@@ -295,10 +308,14 @@ class CLaRa(PreTrainedModel):
             raise ValueError(f"docs_per_question {counts_B.tolist()} must be ≥ 1 and add up to {n_docs} documents")
         return counts_B
 
-    def _retrieval_loss(self, scores_BN: torch.Tensor, positives: list[list[int]]) -> torch.Tensor:
+    def _retrieval_loss(
+        self, scores_BN: torch.Tensor, positives: list[list[int]], counts_B: torch.Tensor
+    ) -> torch.Tensor:
         """Supervised retrieval: −log Σ_{n positive} softmax(s/τ)_n, averaged over questions with positives."""
         positive_BN = torch.zeros_like(scores_BN, dtype=torch.bool)
-        for row, indices in enumerate(positives):
+        for row, (indices, n) in enumerate(zip(positives, counts_B.tolist(), strict=True)):
+            if any(not 0 <= i < n for i in indices):
+                raise ValueError(f"pos_index {list(indices)} of question {row} points outside its {n} candidates")
             positive_BN[row, indices] = True
         log_p_BN = torch.log_softmax(scores_BN / self.config.topk_temperature, dim=-1)
         known_B = positive_BN.any(1)
@@ -307,6 +324,8 @@ class CLaRa(PreTrainedModel):
 
     def _in_batches(self, adapter: str, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Compresses texts in batches of like length: `[N, L, D]` in the given order, and the MSE over all."""
+        if isinstance(texts, str):
+            raise ValueError("give a list of strings, not one string")
         rows = self.tokens.encoder_rows(list(texts))
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         width = self.decoder.config.hidden_size
@@ -384,8 +403,14 @@ class CLaRa(PreTrainedModel):
         """Answers from vectors `[B·K, L, D]` made earlier by `compress_documents`, K documents for each question.
 
         Raises:
-            ValueError: the number of rows is not a multiple of the number of questions.
+            ValueError: the number of rows is not a multiple of the number of questions, or another model made them.
         """
+        shape = (self.config.n_memory_tokens, self.decoder.config.hidden_size)
+        if compressed_documents.shape[1:] != shape:
+            raise ValueError(
+                f"compressed documents must be [B·K, {shape[0]}, {shape[1]}] for this model, got "
+                f"{tuple(compressed_documents.shape)}: compress them with this checkpoint"
+            )
         if not questions or compressed_documents.shape[0] % len(questions) or compressed_documents.shape[0] == 0:
             raise ValueError(
                 f"{compressed_documents.shape[0]} compressed documents cannot be shared by {len(questions)} questions: "
@@ -424,7 +449,8 @@ class CLaRa(PreTrainedModel):
         for start in range(0, len(order), INFERENCE_BATCH):
             chosen = order[start : start + INFERENCE_BATCH]
             ids, mask = self.tokens.pad_left([prompts[i].ids for i in chosen])
-            embeds_BTD = self.place(ids.to(self.device), torch.cat([docs[i] for i in chosen]))
+            counts = torch.tensor([len(docs[i]) for i in chosen])
+            embeds_BTD = self.place(ids.to(self.device), torch.cat([docs[i] for i in chosen]), counts)
             with self.router.route(DECODER):
                 new_BT = self.decoder.generate(
                     inputs_embeds=embeds_BTD, attention_mask=mask.to(self.device), generation_config=options

@@ -92,7 +92,7 @@ def read_prompts(root: Path) -> dict | None:
 
 def _assigned(function: ast.FunctionDef) -> dict[str, str]:
     """Texts assigned to names in a function: plain strings, and f-strings with `{name}` for their fields."""
-    texts = {}
+    texts: dict[str, str] = {}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             text = _text(node.value)

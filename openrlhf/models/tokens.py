@@ -8,6 +8,7 @@ import copy
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -20,6 +21,7 @@ from .prompts import PARAPHRASE
 # Private-use characters, so that no text of ours or of a template contains them.
 _ANCHOR = "\ue0f0clara\ue0f1"
 _DOCS, _QUERY, _ANSWER = "\ue0f2docs\ue0f3", "\ue0f2query\ue0f3", "\ue0f2answer\ue0f3"
+_FIELDS = re.compile(f"{_QUERY}|{_ANSWER}")
 
 
 @dataclass
@@ -47,7 +49,7 @@ class ClaraTokens:
             AddedToken(name, special=True, normalized=False) for name in names if name not in tokenizer.get_vocab()
         ]
         tokenizer.add_tokens(missing, special_tokens=True)
-        ids = tokenizer.convert_tokens_to_ids(names)
+        ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in names]  # type: ignore[arg-type]
         if ids != list(range(ids[0], ids[0] + len(names))):
             raise ValueError(f"the tokenizer must hold {names} as its last tokens in this order, found them at {ids}")
         if tokenizer.pad_token_id is None:
@@ -72,6 +74,8 @@ class ClaraTokens:
 
     def plain_ids(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text as it reads right after a special token, whatever special tokens it spells."""
+        if not texts:  # the tokenizer cannot
+            return []
         anchored = [_ANCHOR + text.replace(_ANCHOR, "") for text in texts]
         rows = self._plain(anchored, add_special_tokens=False, split_special_tokens=True).input_ids
         assert all(row[0] == self._anchor_id for row in rows), "the anchor must stay one token"
@@ -166,10 +170,10 @@ class ClaraTokens:
     def _template(self, turns: list[dict]) -> tuple[str, str]:
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("the base model's tokenizer has no chat template; use an instruction-tuned model")
-        options = {"tokenize": False, "enable_thinking": False}
-        start = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
+        options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}
+        start = str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options))
         turns = [*turns, {"role": "assistant", "content": _ANSWER}]
-        return start, self.tokenizer.apply_chat_template(turns, add_generation_prompt=False, **options)
+        return start, str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=False, **options))
 
     def _assemble(self, rendered: str, n_docs: int, query: str, answer: str = "") -> list[int]:
         """Ids of a rendered template: its special tokens as such, everything else as plain text."""
@@ -179,7 +183,8 @@ class ClaraTokens:
             _, lstrip, rstrip = self._special.get(pieces[i], (0, False, False))
             pieces[i - 1] = pieces[i - 1].rstrip() if lstrip else pieces[i - 1]
             pieces[i + 1] = pieces[i + 1].lstrip() if rstrip else pieces[i + 1]
-        texts = [piece.replace(_QUERY, query).replace(_ANSWER, answer) for piece in pieces[::2]]
+        # In one pass, so that nothing a question spells is replaced in its turn.
+        texts = [_FIELDS.sub(lambda mark: query if mark[0] == _QUERY else answer, piece) for piece in pieces[::2]]
         ids: list[int] = []
         for i, plain in enumerate(self.plain_ids(texts)):
             ids += plain

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
@@ -97,7 +98,7 @@ def load_tokens(config: TrainingConfig, model: CLaRaConfig) -> ClaraTokens:
 
 def load_data(config: TrainingConfig):
     """(training records, evaluation records or None)."""
-    options = {"stage": config.stage, "seed": config.seed, "skip_bad": config.skip_bad_records}
+    options: dict[str, Any] = {"stage": config.stage, "seed": config.seed, "skip_bad": config.skip_bad_records}
     options.update(max_samples=config.max_samples, paraphrases_only=not config.qa_loss)
     train = load_records(config.dataset, split=config.dataset_split, probs=config.probs, **options)
     if not config.eval_dataset:
@@ -130,7 +131,7 @@ def build_model(config: TrainingConfig, model_cfg: CLaRaConfig, root: Path | Non
         model.reset_adapter(DECODER)
     if config.fresh_query_reasoner:
         model.reset_adapter(QUERY)
-    model.to(device)
+    model.to(device=device)  # type: ignore[call-arg]
     model.train_stage(config.stage, freeze_query_reasoner=config.freeze_query_reasoner)
     if config.gradient_checkpointing:
         model.checkpoint_layers()
@@ -141,7 +142,7 @@ def build_engine(config: TrainingConfig, model: CLaRa, n_steps: int) -> Engine:
     """AdamW and the schedule over what trains, in a DeepSpeed engine."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        trainable, lr=config.learning_rate, betas=tuple(config.adam_betas), weight_decay=config.l2
+        trainable, lr=config.learning_rate, betas=(config.adam_betas[0], config.adam_betas[1]), weight_decay=config.l2
     )
     warm_up = int(config.lr_warmup_ratio * n_steps)
     specific = {"min_lr_rate": 0.1} if config.lr_scheduler == "cosine_with_min_lr" else None

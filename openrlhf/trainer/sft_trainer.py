@@ -12,11 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from evaluation.metrics import best_over_golds, cover_exact_match_score, exact_match_score, f1_score, recall_at_k
+from evaluation.metrics import (
+    best_over_golds,
+    cover_exact_match_score,
+    exact_match_score,
+    f1_score,
+    normalize_answer,
+    recall_at_k,
+)
 from openrlhf.datasets.collators import COUNTED, Collator, text_length
 from openrlhf.datasets.sampler import BatchPlan, MicroBatch
 from openrlhf.trainer.config import TrainingConfig
@@ -133,7 +141,11 @@ class SFTTrainer:
             self._train_micro_batch(step, micro, batch, whole, last, sums)
         learning_rate = self.engine.engine.get_lr()[0]
         grad_norm = self.engine.step()
-        line = {"step": step + 1, "split": "train", "epoch": round((step + 1) / self.plan.steps_per_epoch, 4)}
+        line: dict[str, Any] = {
+            "step": step + 1,
+            "split": "train",
+            "epoch": round((step + 1) / self.plan.steps_per_epoch, 4),
+        }
         line.update(self._averages(sums), learning_rate=learning_rate, grad_norm=grad_norm)
         seconds = time.monotonic() - began
         line.update(
@@ -241,9 +253,10 @@ class SFTTrainer:
             self._add(sums, batch, loss, out)
             if self.answer is not None:
                 for row, text in zip(rows, self.answer(rows), strict=True):
-                    sums["questions"] += 1
-                    for name, score in ANSWER_SCORES.items():
-                        sums[name] += float(best_over_golds(score, text, row["golden"]))
+                    golds = [gold for gold in row["golden"] if normalize_answer(gold)]
+                    sums["questions"] += bool(golds)
+                    for name, score in ANSWER_SCORES.items() if golds else ():
+                        sums[name] += float(best_over_golds(score, text, golds))
         counted = dict(self.seen)
         line = {"step": step, "split": "eval", **self._averages(sums), "records": len(self.eval_data)}
         self.seen = counted  # what is reported at the end is about training data

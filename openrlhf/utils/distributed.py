@@ -10,7 +10,7 @@ import shutil
 import socket
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import deepspeed
 import torch
@@ -94,7 +94,7 @@ def seed_everything(*parts: object) -> None:
     torch.manual_seed(random.Random("/".join(map(str, parts))).getrandbits(63))
 
 
-def engine_config(args: SimpleNamespace) -> dict:
+def engine_config(args: Any) -> dict:
     """The DeepSpeed configuration of a run."""
     return {
         "train_micro_batch_size_per_gpu": args.micro_train_batch_size,
@@ -119,7 +119,7 @@ class Engine:
         args: see `engine_config`.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer, scheduler, args: SimpleNamespace):
+    def __init__(self, model: torch.nn.Module, optimizer, scheduler, args: Any):
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(
             model=model,
@@ -129,7 +129,7 @@ class Engine:
             config=engine_config(args),
             dist_init_required=False,
         )
-        self.model = model
+        self.model: Any = model
         self.zero_stage = args.zero_stage
 
     def __call__(self, *args, **kwargs):
