@@ -75,6 +75,19 @@ train() {
     [ "$NUM_NODES" -gt 1 ] || meeting=(--standalone)
     local launcher=(-m torch.distributed.run "${meeting[@]}" --nproc_per_node "$NUM_LOCAL_GPUS")
     [ "$NUM_NODES$NUM_LOCAL_GPUS" != 11 ] || launcher=()
+    if [ "$NUM_NODES" -gt 1 ] && [ -z "${GLOO_SOCKET_IFNAME:-}" ]; then
+        # Left alone, gloo (training without GPUs) listens where this node's name resolves to, often loopback.
+        local towards_master='
+import psutil, socket, sys
+family, kind, protocol, _, master = socket.getaddrinfo(sys.argv[1], 9, type=socket.SOCK_DGRAM)[0]
+with socket.socket(family, kind, protocol) as probe:
+    probe.connect(master)  # sends nothing, only finds the way
+    own = probe.getsockname()[0]
+print(*[name for name, has in psutil.net_if_addrs().items() if own in [a.address for a in has] and name != "lo"][:1])'
+        GLOO_SOCKET_IFNAME="$("$PYTHON" -c "$towards_master" "$MASTER" 2> /dev/null || true)"
+        [ -z "$GLOO_SOCKET_IFNAME" ] || export GLOO_SOCKET_IFNAME
+    fi
+    [ "$NODE_RANK" = 0 ] || say "node 0 ($MASTER) writes the trained checkpoint and the figures, in its CHECKPOINT_ROOT"
     "$PYTHON" "${launcher[@]}" -m openrlhf.cli.train_sft --pretrain "$MODEL_PATH" --dataset "$DATA_PATH" \
         --save_path "$CHECKPOINT_ROOT/$SAVE_MODEL_NAME" --ckpt_path "$CHECKPOINT_ROOT/$SAVE_MODEL_NAME/checkpoints" "$@"
 }

@@ -86,12 +86,12 @@ def arrow(axes: Axes, *points: tuple[float, float], color: str = LINE, dashed: b
 
 
 def role(axes: Axes, x: float, y: float, name: str, adapter: str, color: str) -> None:
-    """One role of the decoder, 2.1 × 1.3 inches: the shared frozen weights above, the role's own adapter below."""
-    box(axes, x, y, 2.1, 1.3, BASE, color)
-    say(axes, x + 1.05, y + 1.0, name, 15, weight="bold", color=color)
-    say(axes, x + 1.05, y + 0.69, "same frozen decoder", 11.5, color=MUTED)
-    box(axes, x + 0.08, y + 0.08, 1.94, 0.4, color, color)
-    say(axes, x + 1.05, y + 0.28, adapter, 11, color=PAPER, family="monospace")
+    """One role of the decoder, 2.4 × 1.3 inches: the shared frozen weights above, the role's own adapter below."""
+    box(axes, x, y, 2.4, 1.3, BASE, color)
+    say(axes, x + 1.2, y + 1.02, name, 15.5, weight="bold", color=color)
+    say(axes, x + 1.2, y + 0.7, "same frozen decoder", 12.5, color=MUTED)
+    box(axes, x + 0.08, y + 0.08, 2.24, 0.42, color, color)
+    say(axes, x + 1.2, y + 0.29, adapter, 11.5, color=PAPER, family="monospace")
 
 
 def sheets(axes: Axes, x: float, y: float, title: str) -> None:
@@ -113,102 +113,100 @@ def vectors(axes: Axes, x: float, y: float, rows: int, color: str, side: float =
 
 def draw_flow(axes: Axes, bottom: float) -> None:
     """From documents and question to the answer; `bottom` is the lowest line used."""
-    upper, lower = bottom + 2.35, bottom + 0.35
-    sheets(axes, 0.25, upper + 0.24, "N documents")
+    upper, lower, middle = bottom + 2.5, bottom + 0.45, bottom + 2.15
+    sheets(axes, 0.3, upper + 0.24, "N documents")
     role(axes, 1.75, upper, "compressor", "encoder_adapter", COMPRESSOR)
-    vectors(axes, 4.45, upper + 0.24, 4, COMPRESSOR)
-    say(axes, 4.92, upper + 1.55, "L memory vectors\nfor each document", 12)
-    say(axes, 0.69, lower + 0.65, "question", 14)
+    vectors(axes, 4.78, upper + 0.2, 4, COMPRESSOR)
+    say(axes, 5.25, upper - 0.12, "L memory vectors\nfor each document")
+    say(axes, 0.7, lower + 0.65, "question", 14.5)
     role(axes, 1.75, lower, "query reasoner", "query_reasoner_adapter", REASONER)
-    vectors(axes, 4.45, lower + 0.56, 1, REASONER)
-    say(axes, 4.92, lower + 0.3, "the question as\nL memory vectors", 12)
+    vectors(axes, 4.78, lower + 0.57, 1, REASONER)
+    say(axes, 5.25, lower + 0.22, "the question as\nL memory vectors")
+    box(axes, 6.35, middle - 0.65, 2.2, 1.3, PAPER, LINE)
+    say(axes, 7.45, middle + 0.38, "cosine scores", 15, weight="bold")
+    say(axes, 7.45, middle - 0.18, "straight-through\ntop-k: K of the N", 13.5)
+    vectors(axes, 9.09, middle + 0.0, 2, COMPRESSOR)
+    say(axes, 9.57, middle + 0.8, "memory vectors\nof the K best")
+    role(axes, 10.5, middle - 0.65, "generator", "decoder_adapter", GENERATOR)
+    say(axes, 11.7, middle + 1.5, "answer", 15.5, weight="bold")
 
-    middle = bottom + 2.0
-    box(axes, 6.1, middle - 0.72, 2.25, 1.44, PAPER, LINE)
-    say(axes, 7.225, middle + 0.4, "cosine scores", 14, weight="bold")
-    say(axes, 7.225, middle - 0.16, "straight-through\ntop-k: the K best", 13)
-    say(axes, 7.225, middle - 0.52, "K of N", 11.5, color=MUTED)
-    vectors(axes, 9.02, middle + 0.02, 2, COMPRESSOR)
-    say(axes, 9.5, middle + 0.74, "K documents'\nmemory vectors", 12)
-    role(axes, 10.45, middle - 0.65, "generator", "decoder_adapter", GENERATOR)
-    say(axes, 11.5, middle + 1.55, "answer", 15, weight="bold")
-
-    arrow(axes, (1.24, upper + 0.65), (1.7, upper + 0.65))
-    arrow(axes, (3.88, upper + 0.65), (4.38, upper + 0.65))
-    arrow(axes, (5.52, upper + 0.65), (6.9, upper + 0.65), (6.9, middle + 0.75))
-    arrow(axes, (1.18, lower + 0.65), (1.7, lower + 0.65))
-    arrow(axes, (3.88, lower + 0.65), (4.38, lower + 0.65))
-    arrow(axes, (5.52, lower + 0.65), (6.9, lower + 0.65), (6.9, middle - 0.75))
-    arrow(axes, (8.38, middle + 0.14), (8.95, middle + 0.14))
-    arrow(axes, (10.05, middle + 0.14), (10.42, middle + 0.14))
-    arrow(axes, (11.5, middle + 0.68), (11.5, middle + 1.34))
-    arrow(axes, (0.69, lower + 0.45), (0.69, bottom), (11.2, bottom), (11.2, middle - 0.68))
-    say(axes, 9.0, bottom + 0.17, "the question as text", 12, color=MUTED)
-    arrow(axes, (11.75, middle - 0.68), (11.75, lower + 0.1), (7.6, lower + 0.1), (7.6, middle - 0.75),
+    arrow(axes, (1.28, upper + 0.65), (1.7, upper + 0.65))
+    arrow(axes, (4.2, upper + 0.65), (4.7, upper + 0.65))
+    arrow(axes, (5.85, upper + 0.65), (7.1, upper + 0.65), (7.1, middle + 0.68))
+    arrow(axes, (1.2, lower + 0.65), (1.7, lower + 0.65))
+    arrow(axes, (4.2, lower + 0.65), (4.7, lower + 0.65))
+    arrow(axes, (5.85, lower + 0.65), (7.1, lower + 0.65), (7.1, middle - 0.68))
+    arrow(axes, (8.58, middle + 0.2), (9.03, middle + 0.2))
+    arrow(axes, (10.1, middle + 0.2), (10.47, middle + 0.2))
+    arrow(axes, (11.7, middle + 0.68), (11.7, middle + 1.3))
+    arrow(axes, (0.7, lower + 0.45), (0.7, bottom + 0.1), (12.1, bottom + 0.1), (12.1, middle - 0.68))
+    say(axes, 9.25, bottom + 0.3, "the question as text", color=MUTED)
+    arrow(axes, (11.2, middle - 0.68), (11.2, lower + 0.4), (7.75, lower + 0.4), (7.75, middle - 0.68),
           color=GENERATOR, dashed=True)  # fmt: skip
-    say(axes, 9.66, lower + 0.36, "gradient of the answer's loss, in training", 12, color=GENERATOR)
+    say(axes, 9.5, lower + 0.76, "in training: the gradient\nof the answer's loss", color=GENERATOR)
 
 
 def draw_stages(axes: Axes, top: float) -> None:
     """The matrix of what trains in which stage, its title at `top`."""
-    columns = (5.75, 7.3, 8.85, 10.4)
-    say(axes, 0.3, top, "What learns in each stage", 15, weight="bold", ha="left")
+    columns = (6.65, 8.35, 10.05, 11.75)
+    say(axes, 0.3, top, "What learns in each stage", 16, weight="bold", ha="left")
     for x, (part, color) in zip(columns, PARTS.items(), strict=True):
-        say(axes, x, top - 0.02, part, 12.5, color=color, weight="bold")
+        say(axes, x, top, part, 13.5, color=color, weight="bold")
     for row, (stage, loss, learns) in enumerate(STAGES):
-        y = top - 0.62 - 0.44 * row
+        y = top - 0.64 - 0.44 * row
         if row % 2 == 0:
-            axes.add_patch(Rectangle((0.2, y - 0.22), 12.35, 0.44, fc="#f5f7fa", ec="none", zorder=0))
-        say(axes, 0.3, y, stage, 12, ha="left", family="monospace")
-        say(axes, 4.95, y, loss, 11.5, ha="right", color=MUTED)
+            axes.add_patch(Rectangle((0.2, y - 0.22), 12.7, 0.44, fc="#f5f7fa", ec="none", zorder=0))
+        say(axes, 0.3, y, stage, 13, ha="left", va="center_baseline", family="monospace")
+        say(axes, 5.6, y, loss, 12.5, ha="right", va="center_baseline", color=MUTED)
         for x, state, color in zip(columns, learns, PARTS.values(), strict=True):
             if state is None:
-                say(axes, x, y, "not used", 11, color=MUTED)
+                say(axes, x, y, "not used", 12, va="center_baseline", color=MUTED)
             else:
                 axes.add_patch(Circle((x, y), 0.115, fc=color if state else PAPER, ec=color, lw=1.8))
-    y = top - 0.62 - 0.44 * len(STAGES) - 0.1
+    y = top - 0.64 - 0.44 * len(STAGES) - 0.1
     axes.add_patch(Circle((0.42, y), 0.1, fc=INK, ec=INK, lw=1.6))
-    say(axes, 0.62, y, "learns", 12, ha="left")
+    say(axes, 0.62, y, "learns", ha="left", va="center_baseline")
     axes.add_patch(Circle((1.72, y), 0.1, fc=PAPER, ec=INK, lw=1.6))
-    say(axes, 1.92, y, "frozen", 12, ha="left")
-    say(axes, 12.45, y, "The decoder itself is frozen in every stage.", 12, ha="right", color=MUTED)
+    say(axes, 1.92, y, "frozen", ha="left", va="center_baseline")
+    note = "The decoder itself is frozen in every stage."
+    say(axes, 12.8, y, note, ha="right", va="center_baseline", color=MUTED)
 
 
 def draw_architecture() -> None:
     """figs/architecture.png: one decoder in three roles, and what learns in which stage."""
-    figure, axes = canvas(12.75, 7.75)
-    say(axes, 0.3, 7.48, "One decoder, three adapters", 17, weight="bold", ha="left")
-    draw_flow(axes, bottom=3.15)
-    axes.plot((0.2, 12.55), (2.83, 2.83), color=BASE, lw=1.4)
-    draw_stages(axes, top=2.5)
+    figure, axes = canvas(13.1, 7.95)
+    say(axes, 0.3, 7.65, "One decoder, three adapters", 17, weight="bold", ha="left")
+    draw_flow(axes, bottom=3.3)
+    axes.plot((0.2, 12.9), (3.1, 3.1), color=BASE, lw=1.4)
+    draw_stages(axes, top=2.72)
     save(figure, "architecture.png")
 
 
 def draw_intro() -> None:
     """figs/intro.png: what goes in and comes out in each of the three stages, and what the next one continues."""
-    figure, axes = canvas(12.75, 4.3)
+    figure, axes = canvas(13.1, 3.75)
     stages = (
-        ("1  Compression pretraining", "stage1", COMPRESSOR, "one document",
-         "question-answer pairs,\nor a paraphrase", "The compressor learns to keep\nwhat a document says."),
-        ("2  Instruction tuning", "stage1_2", MEMORY, "a question and\nK documents",
-         "an answer", "The generator learns to answer\nfrom several documents."),
-        ("3  End to end", "stage2", REASONER, "a question and\nN candidates",
-         "an answer from the\nK it selects", "The query reasoner learns what\nhelps to answer."),
+        ("1  Compression pretraining", "stage1", COMPRESSOR, "one\ndocument",
+         "questions and\nanswers, or a\nparaphrase", "The compressor learns to keep\nwhat a document says."),
+        ("2  Instruction tuning", "stage1_2", MEMORY, "a question,\nK documents",
+         "an answer", "Compressor and generator learn\nto answer from K documents."),
+        ("3  End to end", "stage2", REASONER, "a question,\nN candidates",
+         "an answer\nfrom the K\nit selects", "Query reasoner and generator\nlearn together, from answers."),
     )  # fmt: skip
     for number, (title, flag, color, given, wanted, lesson) in enumerate(stages):
-        left = 0.2 + 4.25 * number
-        box(axes, left, 0.2, 3.85, 3.9, PAPER, color)
-        box(axes, left, 3.3, 3.85, 0.8, color, color)
-        say(axes, left + 1.925, 3.83, title, 15, weight="bold", color=PAPER)
-        say(axes, left + 1.925, 3.51, f"--stage {flag}", 12, color=PAPER, family="monospace")
-        box(axes, left + 0.2, 1.75, 1.45, 1.2, BASE, FRAME)
-        say(axes, left + 0.925, 2.35, given, 12)
-        arrow(axes, (left + 1.68, 2.35), (left + 2.08, 2.35))
-        box(axes, left + 2.12, 1.75, 1.55, 1.2, BASE, FRAME)
-        say(axes, left + 2.895, 2.35, wanted, 11 if number == 0 else 12)
-        say(axes, left + 1.925, 1.0, lesson, 13)
+        left = 0.15 + 4.4 * number
+        box(axes, left, 0.15, 4.0, 3.45, PAPER, color)
+        box(axes, left, 2.75, 4.0, 0.85, color, color)
+        say(axes, left + 2.0, 3.33, title, 16, weight="bold", va="center_baseline", color=PAPER)
+        say(axes, left + 2.0, 2.97, f"--stage {flag}", 13, va="center_baseline", color=PAPER, family="monospace")
+        box(axes, left + 0.2, 1.3, 1.55, 1.15, BASE, FRAME)
+        say(axes, left + 0.975, 1.875, given)
+        arrow(axes, (left + 1.78, 1.875), (left + 2.16, 1.875))
+        box(axes, left + 2.2, 1.3, 1.6, 1.15, BASE, FRAME)
+        say(axes, left + 3.0, 1.875, wanted)
+        say(axes, left + 2.0, 0.7, lesson, 13.5)
         if number:
-            arrow(axes, (left - 0.37, 2.35), (left - 0.03, 2.35), color=INK)
+            arrow(axes, (left - 0.38, 1.875), (left - 0.03, 1.875), color=INK)
     save(figure, "intro.png")
 
 

@@ -22,7 +22,8 @@ RUN_FILE = "run.json"
 FIXED = (
     *("stage", "seed", "train_batch_size", "micro_train_batch_size", "max_epochs", "learning_rate", "lr_scheduler"),
     *("lr_warmup_ratio", "l2", "max_norm", "adam_betas", "mse_loss", "mse_loss_weight", "max_len", "generation_top_k"),
-    *("topk_temperature", "zero_stage", "bf16"),
+    *("topk_temperature", "zero_stage", "bf16", "doc_max_length", "compress_rate", "lora_r", "freeze_query_reasoner"),
+    *("freeze_memory_embeddings",),
 )
 
 
@@ -42,22 +43,27 @@ def parse(argv: list[str] | None = None) -> TrainingConfig:
     return config
 
 
-def check_resumed(config: TrainingConfig, n_records: int, world: int) -> None:
-    """Raises ValueError when the run to resume had other settings."""
+def check_resumed(config: TrainingConfig, now: dict) -> None:
+    """Raises ValueError when the run to resume had other settings than `now`."""
     path = Path(config.ckpt_path) / RUN_FILE
-    if not (config.load_checkpoint and path.is_file()):
+    if not (config.load_checkpoint and path.is_file() and any(path.parent.glob("global_step*"))):
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    now = run_facts(config, n_records, world)
     changed = [f"{key}: {before.get(key)} then, {now[key]} now" for key in now if before.get(key) != now[key]]
     if changed:
         raise ValueError(f"{config.ckpt_path} is a run of other settings and cannot be resumed: " + "; ".join(changed))
 
 
-def run_facts(config: TrainingConfig, n_records: int, world: int) -> dict:
+def run_facts(config: TrainingConfig, data, world: int) -> dict:
     """What must stay the same when a run is resumed."""
+    from openrlhf.datasets.records import fingerprint
+
     shown = config.shown()
-    return {**{name: shown[name] for name in FIXED}, "records": n_records, "world_size": world}
+    facts = {name: shown[name] for name in FIXED}
+    for name in ("pretrain", "pretrain_checkpoint"):
+        local = shown[name] and Path(shown[name]).exists()
+        facts[name] = str(Path(shown[name]).resolve()) if local else shown[name]
+    return {**facts, "records": len(data), "fingerprint of the records": fingerprint(data), "world_size": world}
 
 
 def train(config: TrainingConfig) -> dict[str, dict]:
@@ -67,7 +73,7 @@ def train(config: TrainingConfig) -> dict[str, dict]:
     from openrlhf.trainer import build
     from openrlhf.trainer.sft_trainer import SFTTrainer, checkpoints, step_of
     from openrlhf.utils import distributed
-    from openrlhf.utils.logging import MetricsLog, set_up_logging
+    from openrlhf.utils.logging import MetricsLog, set_up_logging, write_whole
 
     device = distributed.start_processes(config.local_rank)
     first, world = distributed.rank() == 0, distributed.world_size()
@@ -76,7 +82,8 @@ def train(config: TrainingConfig) -> dict[str, dict]:
     data, eval_data = build.load_data(config)
     model_cfg = build.model_config(config, root)
     tokens = build.load_tokens(config, model_cfg)
-    check_resumed(config, len(data), world)
+    facts = run_facts(config, data, world)
+    check_resumed(config, facts)
     shown = {**config.shown(), "world_size": world, "device": str(device)}
     if first:
         print("configuration " + json.dumps(shown, indent=2))
@@ -88,8 +95,8 @@ def train(config: TrainingConfig) -> dict[str, dict]:
     if first:
         save_path.mkdir(parents=True, exist_ok=True)
         ckpt_path.mkdir(parents=True, exist_ok=True)
-        (save_path / "training_config.json").write_text(json.dumps(shown, indent=2) + "\n", encoding="utf-8")
-        (ckpt_path / RUN_FILE).write_text(json.dumps(run_facts(config, len(data), world)) + "\n", encoding="utf-8")
+        write_whole(save_path / "training_config.json", json.dumps(shown, indent=2) + "\n")
+        write_whole(ckpt_path / RUN_FILE, json.dumps(facts) + "\n")
     model = build.build_model(config, model_cfg, root, device)
     n_steps = -(-len(data) // config.train_batch_size) * config.max_epochs
     engine = build.build_engine(config, model, n_steps)
@@ -132,8 +139,11 @@ def main() -> None:
     began = time.monotonic()
     try:
         last = train(config)
-    except (ValueError, FileNotFoundError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (ValueError, OSError) as error:
+        from openrlhf.utils.distributed import WriteError
+
+        # What is wrong from the start is wrong on all ranks of a node; a full disk may be one rank's alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, WriteError):
             print(f"train_sft: {error}", file=sys.stderr)
         sys.exit(1)
     if os.environ.get("RANK", "0") == "0" and not config.dry_run:

@@ -50,7 +50,8 @@ class Collator:
         rows = [self.arrange(row, self._rng(row, epoch) if train else None) for row in rows]
         counts: Counter = Counter()
         encoder_rows = self.tokens.encoder_rows([doc for row in rows for doc in row["docs"]])
-        counts["docs_cut"] = sum(len(ids) >= self.tokens.config.doc_max_length + 3 for ids in encoder_rows)
+        end = self.tokens.tokenizer.eos_token_id  # what a cut takes away first
+        counts["docs_cut"] = sum(ids[-1] != end for ids in encoder_rows)
         counts["docs_left_out"] = sum(row.get("left_out", 0) for row in rows)
         enc_ids, enc_mask = self.tokens.encoder_batch(encoder_rows)
         dec_ids, labels = self._generator_rows([self.prompt(row, epoch, train) for row in rows], counts)

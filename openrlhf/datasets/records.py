@@ -9,6 +9,7 @@ A record, whatever its source, becomes one row with these columns:
     pos_index   positions in docs of the documents that hold the answer; may be empty
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -168,13 +169,15 @@ def file_rows(path: str | Path, stage: str, skipped: list[str] | None = None) ->
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                rows = record_rows(json.loads(text), stage) if text.strip() else []
+                rows = record_rows(json.loads(text.rstrip("\r\n")), stage) if text.strip() else []
             except UnicodeDecodeError as error:
                 reason = f"not UTF-8 at byte {error.start} of the line"
             except json.JSONDecodeError as error:
                 reason = f"not JSON: {error.msg} at column {error.colno}"
             except RecordError as error:
                 reason = str(error)
+            except (RecursionError, ValueError) as error:  # thousands of brackets or digits
+                reason = f"not JSON that can be read: {error}"
             else:
                 yield from rows
                 continue
@@ -203,47 +206,64 @@ def find_files(name: str, stage: str, split: str) -> list[Path]:
     return []
 
 
-def _generate(files: list[str], stage: str, skip_bad: bool, stamp: list) -> Iterator[Row]:
+def _generate(files: tuple[str, ...], stage: str, skip_bad: bool, stamp: tuple) -> Iterator[Row]:
     skipped: list[str] | None = [] if skip_bad else None
     for file in files:
         yield from file_rows(file, stage, skipped)
-    if skipped:
-        logger.warning("skipped %d bad records; the first: %s", len(skipped), skipped[0])
+    yield _last_row(skipped)
 
 
 def _hub_rows(name: str, split: str, stage: str, skip_bad: bool) -> Iterator[Row]:
-    skipped = 0
+    skipped = []
     for number, record in enumerate(datasets.load_dataset(name, split=split)):
         try:
             yield from record_rows(record, stage)
         except RecordError as error:
+            reason = f"{name}[{split}] record {number}: {error}"
             if not skip_bad:
-                raise RecordError(f"{name}[{split}] record {number}: {error}") from None
-            skipped += 1
-    if skipped:
-        logger.warning("skipped %d bad records of %s", skipped, name)
+                raise RecordError(reason) from None
+            skipped.append(reason)
+    yield _last_row(skipped)
+
+
+def _last_row(skipped: list[str] | None) -> Row:
+    """Ends every cached set and tells what was skipped, whichever rank or earlier run wrote the cache."""
+    return _row("skipped", [], skipped or [], [])
 
 
 def _load_one(name: str, stage: str, split: str, skip_bad: bool) -> datasets.Dataset:
     files = find_files(name, stage, split)
     try:
         if files:
-            # Size and time are part of the cache key: a file that changed is read again.
-            stamp = [(os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files]
+            # Size and time are part of the cache key: a file that changed is read again. Lists would be sharded.
+            stamp = tuple((os.path.getsize(file), os.stat(file).st_mtime_ns) for file in files)
             options = {
-                "files": [str(file.resolve()) for file in files],
+                "files": tuple(str(file.resolve()) for file in files),
                 "stage": stage,
                 "skip_bad": skip_bad,
                 "stamp": stamp,
             }
-            return datasets.Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=options)
-        options = {"name": name, "split": split, "stage": stage, "skip_bad": skip_bad}
-        return datasets.Dataset.from_generator(_hub_rows, features=FEATURES, gen_kwargs=options)
+            data = datasets.Dataset.from_generator(_generate, features=FEATURES, gen_kwargs=options)
+        else:
+            options = {"name": name, "split": split, "stage": stage, "skip_bad": skip_bad}
+            data = datasets.Dataset.from_generator(_hub_rows, features=FEATURES, gen_kwargs=options)
     except datasets.exceptions.DatasetGenerationError as error:
         cause = error.__cause__ or error
         if isinstance(cause, RecordError):
             raise RecordError(f"{cause}\n--skip_bad_records skips and counts such records") from None
+        if files:
+            raise cause from None
         raise FileNotFoundError(f"{name} is no local file, and could not be loaded from the Hub: {cause}") from error
+    skipped = data[-1]["answers"]
+    if skipped:
+        logger.warning("skipped %d bad records; the first: %s", len(skipped), skipped[0])
+    return data.select(range(len(data) - 1))
+
+
+def fingerprint(data: datasets.Dataset) -> str:
+    """Of the number of records and some 64 of them: another one means that the data is not the same."""
+    some = [data[i] for i in range(0, len(data), max(1, len(data) // 64))]
+    return hashlib.sha256(json.dumps([len(data), some]).encode()).hexdigest()[:16]
 
 
 def load_records(
@@ -269,12 +289,13 @@ def load_records(
         RecordError: a bad record (unless skipped), or none left.
         FileNotFoundError: a set that is not there.
     """
-    parts = [_load_one(name.strip(), stage, split, skip_bad) for name in names.split(",") if name.strip()]
+    sets = [name.strip() for name in names.split(",") if name.strip()]
+    parts = [_load_one(name, stage, split, skip_bad) for name in sets]
     if paraphrases_only:
         kinds = [part["data_type"] for part in parts]
         kept = [[i for i, kind in enumerate(column) if kind == "paraphrase"] for column in kinds]
         parts = [part.select(rows) for part, rows in zip(parts, kept, strict=True)]
-    for name, part in zip(names.split(","), parts, strict=False):
+    for name, part in zip(sets, parts, strict=True):
         if not len(part):
             raise RecordError(f"{name} holds no usable record for {stage}" + (" (paraphrases only)" * paraphrases_only))
     if probs is not None:

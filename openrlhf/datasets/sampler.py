@@ -4,6 +4,7 @@ A global batch does not depend on the number of ranks or on the micro-batch size
 so that its micro-batches need little padding, and only then dealt out.
 """
 
+import functools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -20,6 +21,13 @@ class MicroBatch:
     indices: list[int]
     number: int
     real: bool = True
+
+
+@functools.lru_cache(maxsize=1)  # a second for two million records
+def _epoch_order(n_records: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(n_records))
+    random.Random(f"{seed}/order/{epoch}").shuffle(order)
+    return order
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,7 @@ class BatchPlan:
     def global_batch(self, step: int) -> tuple[int, list[int]]:
         """(epoch, record indices) of a step, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = list(range(self.n_records))
-        random.Random(f"{self.seed}/order/{epoch}").shuffle(order)
+        order = _epoch_order(self.n_records, self.seed, epoch)
         return epoch, order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def share(self, indices: Sequence[int], length: Callable[[int], int], rank: int, world: int) -> list[MicroBatch]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -134,17 +135,32 @@ def save_adapter(decoder: Any, name: str, state: dict[str, torch.Tensor], target
     save_file(weights, target / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: it is cut short or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete, copy it again")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut short or damaged ({error}): copy the checkpoint again") from error
+
+
 def read_adapter(source: Path, rank: int) -> dict[str, torch.Tensor]:
     """Reads a directory that `save_adapter` or PEFT wrote, named as `adapter_state` does.
 
     Raises:
         FileNotFoundError: one of its two files is missing.
-        ValueError: its rank or alpha is not the checkpoint's (alpha = 2·rank).
+        ValueError: its rank or alpha is not the checkpoint's (alpha = 2·rank), or its weights cannot be read.
     """
-    for file in ("adapter_config.json", WEIGHTS_FILE):
-        if not (source / file).is_file():
-            raise FileNotFoundError(f"{source / file} is missing: the checkpoint is not complete, copy it again")
+    path = source / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete, copy it again")
     config = LoraConfig.from_pretrained(str(source))
     if (config.r, config.lora_alpha) != (rank, 2 * rank):
         raise ValueError(f"{source} has rank {config.r} and alpha {config.lora_alpha}, config.json says lora_r {rank}")
-    return {key.removeprefix(_PEFT_PREFIX): value for key, value in load_file(source / WEIGHTS_FILE).items()}
+    return {key.removeprefix(_PEFT_PREFIX): value for key, value in read_weights(source / WEIGHTS_FILE).items()}

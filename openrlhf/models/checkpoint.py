@@ -10,12 +10,22 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from .adapters import ADAPTERS, DECODER, ENCODER, QUERY, adapter_state, load_adapter_state, read_adapter, save_adapter
+from .adapters import (
+    ADAPTERS,
+    DECODER,
+    ENCODER,
+    QUERY,
+    adapter_state,
+    load_adapter_state,
+    read_adapter,
+    read_weights,
+    save_adapter,
+)
 from .configuration_clara import CLaRaConfig
-from .public_format import ADAPTERS_FILE, read_prompts, read_public_adapters, read_public_rows
+from .public_format import ADAPTERS_FILE, CODE_FILE, read_prompts, read_public_adapters, read_public_rows
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +42,7 @@ def find_base(name: str, *roots: Path) -> tuple[str, Path | None]:
         FileNotFoundError: `name` is a path and nothing is there.
     """
     for root in roots:
-        local = Path(root, name).expanduser()
+        local = Path(root, os.path.expanduser(name))
         if (local / CONFIG_FILE).is_file():
             return str(local.resolve()), local.resolve()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -88,7 +98,7 @@ def find_checkpoint(name: str | Path, subfolder: str = "", **hub) -> Path:
         from huggingface_hub.errors import HFValidationError
 
         try:
-            patterns = [f"{subfolder}/*"] if subfolder else None
+            patterns = [f"{subfolder}/*", CODE_FILE] if subfolder else None
             root = Path(snapshot_download(str(name), allow_patterns=patterns, **hub), subfolder or "")
         except (OSError, HFValidationError) as error:
             raise FileNotFoundError(
@@ -150,7 +160,8 @@ def load_pretrained(cls, source, given: CLaRaConfig | None = None, *, subfolder:
     config, saved = read_config(root, given, overrides)
     public = (root / ADAPTERS_FILE).is_file()
     if public and config.prompts is None:
-        config.prompts = read_prompts(root)
+        # The code, and with it the prompts, may lie at the root of a repository (SPEC 4).
+        config.prompts = read_prompts([root, *list(root.parents)[: len(Path(subfolder or "").parts)]])
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     load = {"dtype": dtype or torch_dtype, "device_map": device_map or config.device_map, "use_fast": use_fast}
     if public:
@@ -174,10 +185,9 @@ def load_pretrained(cls, source, given: CLaRaConfig | None = None, *, subfolder:
 
 
 def _read_rows(root: Path, model) -> tuple[torch.Tensor, torch.Tensor | None]:
-    path = root / EMBEDDINGS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete, copy it again")
-    rows = load_file(path)
+    rows = read_weights(root / EMBEDDINGS_FILE)
+    if "embed_tokens" not in rows:
+        raise ValueError(f"{root / EMBEDDINGS_FILE} holds no embed_tokens, only {sorted(rows)}")
     return rows["embed_tokens"], rows.get("lm_head")
 
 
@@ -213,11 +223,21 @@ def save_pretrained(model, target: Path, state: dict | None = None, card: str | 
     Args:
         state: what `trained_state` returns, where the parameters themselves are partitioned over ranks (ZeRO-3).
         card: README.md; a short one is made when not given.
+
+    Raises:
+        ValueError: `target` is the base model's directory, or holds a checkpoint of the public format.
     """
+    if model.base_path is not None and target.resolve() == model.base_path.resolve():
+        raise ValueError(f"{target} is the directory of the base model: save the checkpoint in another one")
+    if (target / ADAPTERS_FILE).exists():
+        raise ValueError(
+            f"{target} holds a checkpoint of the public format, which would go on being read: save elsewhere"
+        )
     state = state or trained_state(model)
     target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(".incoming-*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     staged = target / f".incoming-{os.getpid()}"
-    shutil.rmtree(staged, ignore_errors=True)
     try:
         _write_files(model, staged, target, state, card)
         (target / CONFIG_FILE).unlink(missing_ok=True)

@@ -95,6 +95,9 @@ class CLaRa(PreTrainedModel):
         self.special = self._new_special_embeddings(decoder)
         for name in adapters:
             add_adapter(decoder, name, config.lora_r, config.decoder_model_name)
+        # Answers are greedy whatever the base model's own sampling defaults are; only its end tokens are kept.
+        own = decoder.generation_config
+        decoder.generation_config = GenerationConfig(eos_token_id=getattr(own, "eos_token_id", None))
         self.decoder = decoder
         self.router = AdapterRouter(decoder)
         for parameter in self.decoder.parameters():
@@ -124,6 +127,11 @@ class CLaRa(PreTrainedModel):
     def _new_special_embeddings(self, decoder: Any) -> SpecialEmbeddings:
         """Fresh rows drawn from the mean and spread of the base rows; a neutral (mean) row in an untied LM head."""
         base_VD = decoder.get_input_embeddings().weight.detach()
+        if self.tokens.first_special_id > len(base_VD):
+            raise ValueError(
+                f"the base model's tokenizer has {self.tokens.first_special_id} tokens, its embedding only "
+                f"{len(base_VD)} rows: resize the base model's embedding to its tokenizer first"
+            )
         head_VD = decoder.get_output_embeddings().weight.detach()
         mean_D, std_D = base_VD.float().mean(0), base_VD.float().std(0)
         noise_SD = torch.randn(self.tokens.n_special, base_VD.shape[1]).to(mean_D.device)
@@ -462,7 +470,7 @@ class CLaRa(PreTrainedModel):
 
     def _stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's and the base model's own, and the chat template's end of turn."""
-        own = getattr(self.decoder.generation_config, "eos_token_id", None)
+        own = self.decoder.generation_config.eos_token_id
         ids = {self.tokens.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         prompts = self.config.prompts
         if prompts is not None:

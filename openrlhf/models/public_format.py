@@ -4,6 +4,8 @@ Everything is read with `weights_only=True` and Python's `ast`; nothing of such 
 """
 
 import ast
+import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,13 +15,23 @@ from .adapters import ADAPTERS, DECODER, ENCODER
 ADAPTERS_FILE, LAYERS_FILE, CODE_FILE = "adapters.pth", "decoder_first_last_layers.pth", "modeling_clara.py"
 
 
+def _read_tensors(path: Path) -> dict:
+    """What a .pth file holds, tensors only; FileNotFoundError or ValueError, with its name, where that fails."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete, copy it again")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is cut short, damaged, or holds more than tensors: copy it again") from error
+
+
 def read_public_adapters(root: Path) -> dict[str, dict[str, torch.Tensor]]:
     """LoRA weights of each adapter; copies of embeddings and LM head inside the dictionaries are left out.
 
     Raises:
         ValueError: the compressor or the generator is missing, or an adapter is unknown.
     """
-    saved = torch.load(root / ADAPTERS_FILE, map_location="cpu", weights_only=True)
+    saved = _read_tensors(root / ADAPTERS_FILE)
     missing, unknown = {ENCODER, DECODER} - set(saved), set(saved) - set(ADAPTERS)
     if missing or unknown:
         raise ValueError(f"{root / ADAPTERS_FILE}: adapters missing {sorted(missing)}, unknown {sorted(unknown)}")
@@ -36,9 +48,7 @@ def read_public_rows(root: Path, model) -> tuple[torch.Tensor, torch.Tensor | No
         ValueError: its old rows are not the base model's, so it belongs to another base model.
     """
     path = root / LAYERS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the checkpoint is not complete, copy it again")
-    layers = torch.load(path, map_location="cpu", weights_only=True)
+    layers = _read_tensors(path)
     found: dict[str, torch.Tensor] = {}
     for key, value in layers.items():
         kind = "lm_head" if key.endswith("lm_head.weight") else "embed_tokens"
@@ -47,7 +57,9 @@ def read_public_rows(root: Path, model) -> tuple[torch.Tensor, torch.Tensor | No
         if len(value) < first + count:
             raise ValueError(f"{path}: {key} has {len(value)} rows, {first + count} are needed")
         old = min(first, len(layer.weight))
-        if not torch.equal(layer.weight[:old].detach().cpu().to(value.dtype), value[:old]):
+        base_VD = layer.weight[:old].detach().cpu()
+        coarse = min(base_VD.dtype, value.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(base_VD.to(coarse), value[:old].to(coarse)):
             raise ValueError(
                 f"{path}: rows of {key} differ from the base model {model.config.decoder_model_name}; pass the base "
                 "model this checkpoint was trained on as decoder_model_name="
@@ -58,16 +70,24 @@ def read_public_rows(root: Path, model) -> tuple[torch.Tensor, torch.Tensor | No
     return found["embed_tokens"], found.get("lm_head") if model.special.head is not None else None
 
 
-def read_prompts(root: Path) -> dict | None:
+def read_prompts(folders: Iterable[Path]) -> dict | None:
     """The prompts written in the checkpoint's own modeling_clara.py, None where there is no such file.
+
+    Args:
+        folders: where the file may be, the checkpoint's own directory first.
 
     Raises:
         ValueError: the file is there but its prompts are not where the format has them.
     """
-    path = root / CODE_FILE
-    if not path.is_file():
+    path = next((folder / CODE_FILE for folder in folders if (folder / CODE_FILE).is_file()), None)
+    if path is None:
         return None
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        raise ValueError(
+            f"{path} is not Python ({error}), so its prompts cannot be read; pass prompts={{…}}"
+        ) from error
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     try:
         answer = functions.get("_blend_standard_prompt") or functions["_blend_prompt_and_selected_memory_tokens"]

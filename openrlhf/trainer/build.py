@@ -18,7 +18,7 @@ from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa, CLaRaConfig
 from openrlhf.models.prompts import DEFAULT_PROMPTS
 from openrlhf.models.tokens import ClaraTokens
 from openrlhf.trainer.config import STAGE2, TrainingConfig
-from openrlhf.utils.distributed import Engine, barrier, rank, seed_everything
+from openrlhf.utils.distributed import Engine, barrier, rank, seed_everything, writing
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ def saver(engine: Engine, config: TrainingConfig):
     def save(target: Path, last: dict) -> None:
         model = engine.model
         small = [p for name, p in model.named_parameters() if "lora_" in name or name.startswith("special.")]
-        with engine.gathered(small):
+        with engine.gathered(small), writing(target):
             if rank() == 0:
                 model.save_pretrained(target, state=trained_state(model), card=model_card(model, config, last))
         barrier()

@@ -1,6 +1,7 @@
 """TrainingConfig: every flag of `train_sft`, its default, and what may not be combined. Loads no model and no data."""
 
 import importlib.util
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,7 +47,7 @@ class TrainingConfig:
     dataset_split: str = _flag("train", "split of a Hub data set or directory")
     eval_dataset: str | None = _flag(None, "evaluation data, as --dataset")
     eval_split: str = _flag("train", "split of the evaluation data")
-    max_samples: int = _flag(1000000, "use the first so many records")
+    max_samples: int = _flag(1000000, "use the first so many records, for training and for evaluation")
     max_len: int = _flag(2048, "tokens of prompt and answer together")
     skip_bad_records: bool = _flag(False, "skip and count records that cannot be used, instead of stopping")
 
@@ -54,7 +55,7 @@ class TrainingConfig:
     micro_train_batch_size: int = _flag(8, "records of one forward pass of one rank")
     learning_rate: float = _flag(5e-6, "highest learning rate")
     lr_scheduler: Literal["cosine_with_min_lr", "linear", "cosine", "constant", "constant_with_warmup"] = _flag(
-        "cosine_with_min_lr", "learning-rate schedule (the minimum is 10 %)"
+        "cosine_with_min_lr", "learning-rate schedule; cosine_with_min_lr ends at a tenth"
     )
     lr_warmup_ratio: float = _flag(0.03, "share of the steps that warm up")
     l2: float = _flag(0.0, "weight decay")
@@ -101,8 +102,9 @@ class TrainingConfig:
             "generation_top_k doc_max_length compress_rate lora_r max_samples max_len train_batch_size "
             "micro_train_batch_size max_epochs logging_steps max_ckpt_num learning_rate topk_temperature"
         )
-        found += [f"--{name} must be positive" for name in positive.split() if getattr(self, name) <= 0]
-        found += [f"--{n} must not be negative" for n in ("l2", "max_norm", "mse_loss_weight") if getattr(self, n) < 0]
+        found += [f"--{name} must be positive" for name in positive.split() if not 0 < getattr(self, name) < math.inf]
+        not_negative = ("l2", "max_norm", "mse_loss_weight")
+        found += [f"--{name} must not be negative" for name in not_negative if not 0 <= getattr(self, name) < math.inf]
         if self.compress_rate > 0 and self.doc_max_length % self.compress_rate:
             legal = [d for d in range(1, self.doc_max_length + 1) if self.doc_max_length % d == 0]
             found.append(f"--compress_rate must divide --doc_max_length {self.doc_max_length}: one of {legal}")
@@ -114,7 +116,7 @@ class TrainingConfig:
             found.append("--eval_steps must be -1 (each epoch) or a positive number")
         if self.save_steps not in (-1, -2) and self.save_steps < 1:
             found.append("--save_steps must be -1 (never), -2 (each epoch) or a positive number")
-        if self.max_ckpt_mem is not None and self.max_ckpt_mem <= 0:
+        if self.max_ckpt_mem is not None and not self.max_ckpt_mem > 0:
             found.append("--max_ckpt_mem must be positive")
         if self.micro_train_batch_size > self.train_batch_size:
             found.append("--micro_train_batch_size must not exceed --train_batch_size")
@@ -128,7 +130,7 @@ class TrainingConfig:
         except ValueError:
             return [f"--dataset_probs must be numbers separated by commas, got {self.dataset_probs!r}"]
         sets = len([name for name in self.dataset.split(",") if name.strip()])
-        if len(probs) != sets or min(probs) <= 0 or abs(sum(probs) - 1) > 1e-6:
+        if len(probs) != sets or not min(probs) > 0 or not abs(sum(probs) - 1) < 1e-6:
             return [f"--dataset_probs needs {sets} positive numbers that add up to 1, one for each data set"]
         return []
 

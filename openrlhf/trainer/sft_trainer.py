@@ -83,7 +83,7 @@ class SFTTrainer:
         self.plan = BatchPlan(len(data), config.train_batch_size, config.micro_train_batch_size, config.seed)
         self.n_steps = self.plan.steps_per_epoch * config.max_epochs
         self.mse_weight = config.mse_loss_weight if config.mse_loss else 0.0
-        self.last: dict[str, dict] = {}
+        self.last: dict[str, dict] = dict(log.last) if log is not None else {}
         self.seen: dict[str, float] = dict.fromkeys(COUNTED, 0)
 
     def fit(self, start: int = 0) -> dict[str, dict]:

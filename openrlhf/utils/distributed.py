@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,28 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = "partial-"
+
+
+class WriteError(OSError):
+    """A checkpoint could not be written; may be one rank's alone."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turns what a full disk makes Python, torch or safetensors raise into a `WriteError` in words."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(next(p for p in target.absolute().parents if p.exists())).free
+        raise WriteError(
+            f"{target} could not be written, {free / 1e9:.1f} GB are free there ({error}). Checkpoints written before "
+            "are whole: make room, then go on with --load_checkpoint"
+        ) from error
 
 
 def start_processes(local_rank: int = -1, timeout_minutes: int = 60) -> torch.device:
@@ -155,22 +175,22 @@ class Engine:
         return deepspeed.zero.GatheredParameters(list(parameters), enabled=self.zero_stage == 3)
 
     def save(self, folder: Path, name: str, position: dict) -> None:
-        """Writes a checkpoint to resume from; under its own name only once every rank has written its part."""
+        """Writes a checkpoint to resume from; under its own name only once every rank has written its part.
+
+        Nodes that do not share `folder` each keep there what their own ranks resume from.
+        """
         partial = folder / f"{PARTIAL}{name}"
-        if rank() == 0 and partial.exists():
-            shutil.rmtree(partial)
-        barrier()
+        keeper = _make_on_each_disk(partial)
+        if self.zero_stage < 3:  # what all ranks have in common DeepSpeed writes on rank 0's disk alone
+            self.engine.save_non_zero_checkpoint = keeper
         self.engine.save_checkpoint(
             str(folder), tag=partial.name, client_state=position, save_latest=False, exclude_frozen_parameters=True
         )
         barrier()
-        if int(os.environ["LOCAL_RANK"]) == 0 and partial.exists():  # on a shared file system one node renames for all
+        if keeper:
             _sync_files(partial)
-            try:
-                os.replace(partial, folder / name)
-            except FileNotFoundError:
-                if not (folder / name).is_dir():
-                    raise
+            shutil.rmtree(folder / name, ignore_errors=True)  # there where a crash left this node ahead of the others
+            os.replace(partial, folder / name)
         barrier()
 
     def load(self, folder: Path, name: str) -> dict:
@@ -179,6 +199,28 @@ class Engine:
         if path is None:
             raise FileNotFoundError(f"the checkpoint {folder / name} could not be read by this number of ranks")
         return position
+
+
+def _make_on_each_disk(folder: Path) -> bool:
+    """Makes an empty directory wherever the nodes see different disks; True on the one rank of each disk that made it.
+
+    Whether a disk is shared shows in who could make it: on network file systems `exists` may answer from a cache.
+
+    Raises:
+        FileExistsError: what an earlier run left there could not be removed.
+    """
+    made = False
+    first_here = int(os.environ["LOCAL_RANK"]) == 0
+    if first_here:
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run; nodes may remove it at the same time
+    barrier()
+    if first_here:
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            made = True
+    if not any(gather_objects(made)):
+        raise FileExistsError(f"{folder} is in the way and could not be removed")
+    return made
 
 
 def _sync_files(folder: Path) -> None:

@@ -6,17 +6,30 @@ import os
 import sys
 from pathlib import Path
 
+import datasets
+from transformers.utils import logging as transformers_logging
+
 METRICS_FILE = "metrics.jsonl"
 
 
 def set_up_logging(rank: int) -> None:
-    """Log lines to stderr: all of rank 0, only errors of the others."""
+    """Log lines to stderr: all of rank 0, only errors of the others; progress bars only on a terminal."""
     level = logging.INFO if rank == 0 else logging.ERROR
     logging.basicConfig(
         level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
     )
     for noisy in ("httpx", "httpcore", "filelock", "fsspec", "urllib3", "torch", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if rank > 0 or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        transformers_logging.disable_progress_bar()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or, after a crash or on a full disk, as it was before."""
+    draft = path.with_suffix(".draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -48,9 +61,8 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         kept = [line for line in read_metrics(self.path) if line["step"] <= step and step > 0]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(draft, self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.last = {line["split"]: line for line in kept}
         self.wandb = self.tensorboard = None
         if wandb is not None:
             import wandb as library

@@ -174,6 +174,15 @@ def test_gradients_of_every_stage(name, kind, tensors):
     assert known["non_mem_rows_norm"] == 0.0
 
 
+def test_full_gradients_are_recorded_for_every_stage(tensors):
+    """So that the comparison above is not empty: 56 LoRA matrices of each stage, and the memory rows."""
+    for stage in ("stage1", "stage1_2", "stage2"):
+        for kind in TRAIN[f"c8_{stage}_sys"]["grad"]:
+            if "embed_trainable" in kind and (stage == "stage2" or kind.endswith("mse")):
+                keys = [key for key in tensors["grads"] if key.startswith(f"c8_{stage}_sys/{kind}/")]
+                assert len(keys) == 57 and sum("lora_" in key for key in keys) == 56
+
+
 def test_stage1_2_continues_the_trained_decoder(tensors):
     """Deliberate difference (SPEC 3): the public code starts a fresh decoder adapter, ours only when asked to."""
     case, batch = TRAIN["c8_stage1_2_sys"], case_batch("c8_stage1_2_sys", tensors)

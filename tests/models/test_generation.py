@@ -159,7 +159,14 @@ def test_generation_is_greedy_whatever_the_base_models_defaults_are(mistral, tmp
     """Instruction-tuned bases ship generation_config.json with sampling switched on."""
     base = shutil.copytree(mistral, tmp_path / "base")
     plain = new_model(base).generate_from_text(QUESTIONS, [DOCS] * 3)
-    settings = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 20, "transformers_version": "5.0.0"}
+    settings = {
+        "do_sample": True,
+        "temperature": 1.5,
+        "top_p": 0.9,
+        "top_k": 20,
+        "repetition_penalty": 5.0,
+        "transformers_version": "5.0.0",
+    }
     (base / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, **settings}))
     sampling = new_model(base)
     for seed in range(3):
@@ -168,18 +175,18 @@ def test_generation_is_greedy_whatever_the_base_models_defaults_are(mistral, tmp
 
 
 def test_an_answer_ends_at_the_end_of_turn_of_the_chat_template(base_dir):
-    """The template's end of turn need not be the tokenizer's eos; the decoder is made to emit it at once."""
-    model = new_model(base_dir("llama"))
+    """It need not be the tokenizer's eos. The LM head is bent so that it comes first, and other tokens after it."""
+    model = new_model(base_dir("llama"), query=False)
     end = model.tokens.tokenizer.convert_tokens_to_ids("<end>")
     assert end != model.tokens.tokenizer.eos_token_id
-    with torch.no_grad():
-        head = model.decoder.get_output_embeddings().weight
-        hidden = model.hidden("decoder_adapter", *prompt_inputs(model))[0, -1]
-        head[end] = 10 * hidden
-    assert model.generate_from_text([QUESTIONS[0]], [DOCS[:1]]) == [""]
-
-
-def prompt_inputs(model: CLaRa) -> tuple[torch.Tensor, torch.Tensor]:
     vectors, _ = model.compress_documents(DOCS[:1])
-    ids, mask = model.tokens.pad_left([model.answer_prompt(QUESTIONS[0], 1).ids])
-    return model.place(ids, vectors, torch.tensor([1])), mask
+    prompt = model.answer_prompt(QUESTIONS[0], 1).ids
+    with torch.no_grad():
+        ids, mask = model.tokens.pad_left([[*prompt, end]])
+        first, then = model.hidden("decoder_adapter", model.place(ids, vectors, torch.tensor([1])), mask)[0, -2:]
+        head = model.decoder.get_output_embeddings()
+        head.weight[end] = 100 * (first - (first @ then) / (then @ then) * then)
+        assert int(head(first).argmax()) == end
+        after = model.tokens.tokenizer.decode([int(head(then).argmax())], skip_special_tokens=True)
+    assert after.strip(), "without a stop the answer would go on"
+    assert model.generate_from_text([QUESTIONS[0]], [DOCS[:1]]) == [""]
