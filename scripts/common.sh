@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: variables, the virtual environment, and how training is launched.
 # Variables come from the caller's environment, then from .env, then from the defaults below.
 set -euo pipefail
@@ -69,6 +70,10 @@ train() {
     fi
     if [ "$MODEL_PATH" = .models/SmolLM2-135M-Instruct ] && [ ! -f "$MODEL_PATH/config.json" ]; then
         echo "no base model yet: python scripts/get_base_model.py makes $MODEL_PATH, or set MODEL_PATH" >&2
+        exit 1
+    fi
+    if [ "$NUM_NODES" -gt 1 ] && [ "$MASTER" = 127.0.0.1 ]; then
+        echo "NUM_NODES=$NUM_NODES needs MASTER, the address of node 0 that the other nodes reach" >&2
         exit 1
     fi
     local meeting=(--nnodes "$NUM_NODES" --node_rank "$NODE_RANK" --master_addr "$MASTER" --master_port "$MASTER_PORT")

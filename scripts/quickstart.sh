@@ -30,11 +30,11 @@ stage() {
         bash "$script" "${SHORT[@]}" "$@"
 }
 
-stage stage1 scripts/train_pretraining.sh --max_samples 280 --train_batch_size 8 --learning_rate 1e-3
+stage stage1 scripts/train_pretraining.sh --max_samples 240 --train_batch_size 8 --learning_rate 1e-3
 PRETRAIN_CKPT="$CHECKPOINT_ROOT/stage1" \
     stage stage1_2 scripts/train_instruction_tuning.sh --max_samples 96 --train_batch_size 8 --learning_rate 5e-4
 PRETRAIN_CHECKPOINT="$CHECKPOINT_ROOT/stage1_2" \
-    stage stage2 scripts/train_stage_end_to_end.sh --max_samples 48 --train_batch_size 8 --learning_rate 2e-4 \
+    stage stage2 scripts/train_stage_end_to_end.sh --max_samples 40 --train_batch_size 8 --learning_rate 2e-4 \
     --eval_dataset "$EVAL_DATA/end_to_end_evaluation/example/eval_processed_with_pos.jsonl"
 
 say "what was learned"

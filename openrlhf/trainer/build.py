@@ -84,9 +84,14 @@ def load_tokens(config: TrainingConfig, model: CLaRaConfig) -> ClaraTokens:
 
     Raises:
         ValueError: max_len is too small, or the tokenizer has no usable chat template.
+        FileNotFoundError: there is no tokenizer.
     """
     source, _ = find_base(config.pretrain, Path.cwd())
-    tokens = ClaraTokens(AutoTokenizer.from_pretrained(source, use_fast=not config.disable_fast_tokenizer), model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, use_fast=not config.disable_fast_tokenizer)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"no tokenizer could be loaded from --pretrain {config.pretrain}: {error}") from error
+    tokens = ClaraTokens(tokenizer, model)
     shortest = len(tokens.build_prompt("answer", config.generation_top_k).ids)
     if shortest >= config.max_len:
         raise ValueError(

@@ -110,8 +110,8 @@ class TrainingConfig:
             found.append(f"--compress_rate must divide --doc_max_length {self.doc_max_length}: one of {legal}")
         if not 0 <= self.lr_warmup_ratio < 1:
             found.append("--lr_warmup_ratio must be at least 0 and below 1")
-        if not all(0 <= beta < 1 for beta in self.adam_betas):
-            found.append("--adam_betas must lie between 0 and 1")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            found.append("--adam_betas must be two numbers, at least 0 and below 1")
         if self.eval_steps != -1 and self.eval_steps < 1:
             found.append("--eval_steps must be -1 (each epoch) or a positive number")
         if self.save_steps not in (-1, -2) and self.save_steps < 1:

@@ -276,13 +276,12 @@ class SFTTrainer:
     def save(self, step: int) -> None:
         """Writes what --save_steps asks for, then removes the oldest beyond --max_ckpt_num and --max_ckpt_mem."""
         folder = Path(self.config.ckpt_path)
-        if not self.config.disable_ds_ckpt:
-            self.engine.save(folder, f"{STEP_NAME}{step}", {"step": step})
+        if not self.config.disable_ds_ckpt and self.engine.save(folder, f"{STEP_NAME}{step}", {"step": step}):
+            self._prune(checkpoints(folder))
         if self.config.save_hf_ckpt and self.save_model is not None:
             self.save_model(folder / f"{STEP_NAME}{step}_hf", self.last)
         if rank() == 0:
-            for suffix in ("", "_hf"):
-                self._prune(checkpoints(folder, suffix))
+            self._prune(checkpoints(folder, "_hf"))
 
     def _prune(self, kept: list[Path]) -> None:
         limit = float("inf") if self.config.max_ckpt_mem is None else self.config.max_ckpt_mem * 1e9

@@ -174,24 +174,32 @@ class Engine:
         """Context in which partitioned parameters (ZeRO-3) are whole."""
         return deepspeed.zero.GatheredParameters(list(parameters), enabled=self.zero_stage == 3)
 
-    def save(self, folder: Path, name: str, position: dict) -> None:
+    def save(self, folder: Path, name: str, position: dict) -> bool:
         """Writes a checkpoint to resume from; under its own name only once every rank has written its part.
 
         Nodes that do not share `folder` each keep there what their own ranks resume from.
+
+        Returns:
+            True on the one rank of each disk that looks after the folder.
         """
         partial = folder / f"{PARTIAL}{name}"
         keeper = _make_on_each_disk(partial)
         if self.zero_stage < 3:  # what all ranks have in common DeepSpeed writes on rank 0's disk alone
             self.engine.save_non_zero_checkpoint = keeper
-        self.engine.save_checkpoint(
-            str(folder), tag=partial.name, client_state=position, save_latest=False, exclude_frozen_parameters=True
-        )
+        options = {"client_state": position, "save_latest": False, "exclude_frozen_parameters": True}
+        try:
+            with writing(folder / name):
+                self.engine.save_checkpoint(str(folder), tag=partial.name, **options)
+        except WriteError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         barrier()
         if keeper:
             _sync_files(partial)
             shutil.rmtree(folder / name, ignore_errors=True)  # there where a crash left this node ahead of the others
             os.replace(partial, folder / name)
         barrier()
+        return keeper
 
     def load(self, folder: Path, name: str) -> dict:
         """Restores weights, optimiser and schedule; returns what `save` was given as `position`."""

@@ -71,7 +71,7 @@ class MetricsLog:
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(tensorboard)
+            self.tensorboard = SummaryWriter(tensorboard, purge_step=step + 1 if step else None)
 
     def write(self, line: dict) -> None:
         """Appends one line; it has `step` and `split`, and figures."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from evaluation.metrics import best_over_golds, cover_exact_match_score, exact_match_score, f1_score
+from tests.tiny import make_batch
 from tests.trainer.facts import candidates, write_jsonl
 from tests.trainer.launch import BASE_MODEL, Run, call, flags, train, train_many
 
@@ -71,27 +72,24 @@ def figures(folder, stage: str) -> dict[str, float]:
     sums = dict.fromkeys(("recall_1", "recall_3", "recall_5", "em", "f1", "cover_em"), 0.0)
     for record in HELD_OUT:
         question, docs, gold = record["question"], record["docs"], record["gold_answer"]
-        vectors = model.compress_documents(docs)[0]
         if stage == "stage2":
+            vectors = model.compress_documents(docs)[0]
             order = torch.cosine_similarity(model.encode_queries([question]), vectors.flatten(1)).argsort(
                 descending=True
             )
             for k in (1, 3, 5):
                 sums[f"recall_{k}"] += record["pos_index"][0] in order[:k].tolist()
             answer = model.generate_from_questions([question], [docs], 64)[0][0]
-            chosen = vectors[order[:2]]
         else:
             answer = model.generate_from_text([question], [docs[:2]], 64)[0]
-            chosen = vectors[:2]
         for name, score in (("em", exact_match_score), ("f1", f1_score), ("cover_em", cover_exact_match_score)):
             sums[name] += float(best_over_golds(score, answer, [gold]))
-        prompt = model.build_prompt("answer", 2, question, answer=gold)
-        ids = torch.tensor([prompt.ids])
+        shown = [docs if stage == "stage2" else docs[:2]]
         with torch.no_grad():
-            hidden = model.hidden("decoder_adapter", model.place(ids, chosen), torch.ones_like(ids))
-            logits = model.head(hidden)[0, prompt.n_prompt - 1 : -1]
-        loss += float(torch.nn.functional.cross_entropy(logits, ids[0, prompt.n_prompt :], reduction="sum"))
-        tokens += len(prompt.ids) - prompt.n_prompt
+            batch = make_batch(model, stage, shown, [question], [gold], [record["pos_index"]])
+            count = int((batch["labels"] != -100).sum())
+            loss += float(model(batch=batch)[0]) * count
+        tokens += count
     mean = {name: value / len(HELD_OUT) for name, value in sums.items() if stage == "stage2" or "recall" not in name}
     return {"loss": loss / tokens, "answer_tokens": tokens, **mean}
 

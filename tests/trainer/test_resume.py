@@ -89,7 +89,7 @@ def in_pruning(step: int) -> None:
     whole = shutil.rmtree
 
     def rmtree(path, *rest, **options):
-        if Path(path).name == f"global_step{step}":
+        if Path(path).name == f"global_step{step}" and Path(path).exists():
             next(Path(path).glob("*model_states.pt")).unlink()
             die()
         whole(path, *rest, **options)
