@@ -15,7 +15,7 @@ say "base model"
 # bfloat16 only where the hardware has it; a few records, since this shall take minutes: see the last lines it prints.
 PRECISION=true
 nvidia-smi > /dev/null 2>&1 || grep -qm1 avx512_bf16 /proc/cpuinfo 2> /dev/null || PRECISION=false
-SHORT=(--doc_max_length 256 --compress_rate 16 --micro_train_batch_size 4 --gradient_checkpointing false
+SHORT=(--doc_max_length 256 --compress_rate 16 --micro_train_batch_size 2 --gradient_checkpointing false
     --bf16 "$PRECISION" --save_steps 10 --eval_steps 1000000 --load_checkpoint)
 
 stage() {
@@ -30,11 +30,11 @@ stage() {
         bash "$script" "${SHORT[@]}" "$@"
 }
 
-stage stage1 scripts/train_pretraining.sh --max_samples 240 --train_batch_size 8 --learning_rate 1e-3
+stage stage1 scripts/train_pretraining.sh --max_samples 128 --train_batch_size 4 --learning_rate 1e-3
 PRETRAIN_CKPT="$CHECKPOINT_ROOT/stage1" \
-    stage stage1_2 scripts/train_instruction_tuning.sh --max_samples 96 --train_batch_size 8 --learning_rate 5e-4
+    stage stage1_2 scripts/train_instruction_tuning.sh --max_samples 36 --train_batch_size 2 --learning_rate 5e-4
 PRETRAIN_CHECKPOINT="$CHECKPOINT_ROOT/stage1_2" \
-    stage stage2 scripts/train_stage_end_to_end.sh --max_samples 40 --train_batch_size 8 --learning_rate 2e-4 \
+    stage stage2 scripts/train_stage_end_to_end.sh --max_samples 64 --train_batch_size 4 --learning_rate 2e-4 \
     --eval_dataset "$EVAL_DATA/end_to_end_evaluation/example/eval_processed_with_pos.jsonl"
 
 say "what was learned"

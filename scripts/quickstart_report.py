@@ -5,6 +5,7 @@
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,7 +25,7 @@ where things are
   losses       {root}/losses.png
   figures      {root}/STAGE/metrics.jsonl
 
-This was {steps} steps of 8 records: enough to see the losses fall and every part work, far too little for a good
+This was {steps} steps of a few records: enough to see the losses fall and every part work, far too little for a good
 model. For a model to use, train on your data, on GPUs:
   MODEL_PATH=mistralai/Mistral-7B-Instruct-v0.2 DATA_PATH=YOUR_DATA bash scripts/train_pretraining.sh
 then scripts/train_instruction_tuning.sh and scripts/train_stage_end_to_end.sh (docs/TRAINING_GUIDE.md)."""
@@ -65,9 +66,10 @@ def print_recall(rows: list[dict]) -> None:
 
 
 @torch.no_grad()
-def read_full_text(base: str, prompts: dict, questions: list[str], documents: list[list[str]]) -> list[str]:
+def read_full_text(
+    base: str, dtype: torch.dtype, prompts: dict, questions: list[str], documents: list[list[str]]
+) -> list[str]:
     """The base model's own answers, given the documents as text in the same prompt."""
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -86,14 +88,16 @@ def print_answers(root: Path, base: str, questions: Path, count: int) -> None:
     """Held-out questions with CLaRa's answer and the base model's, and how often each contains the gold answer."""
     rows = list(load_records(str(questions), "stage2", max_samples=count))
     asked, pools, golds = [r["question"][0] for r in rows], [r["docs"] for r in rows], [r["golden"] for r in rows]
-    model = CLaRa.from_pretrained(root / "stage2")
+    trained = json.loads((root / "stage2" / "training_config.json").read_text(encoding="utf-8"))
+    dtype = torch.bfloat16 if trained["bf16"] else torch.float32
+    model = CLaRa.from_pretrained(root / "stage2", dtype=dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     answers, chosen = model.generate_from_questions(asked, pools, max_new_tokens=32)
     selected = [[pool[i] for i in row if i >= 0] for pool, row in zip(pools, chosen.tolist(), strict=True)]
     n_memory, k = model.config.n_memory_tokens, model.config.generation_top_k
     prompts = model.config.prompts
     del model
-    plain = read_full_text(base, prompts, asked, selected)
+    plain = read_full_text(base, dtype, prompts, asked, selected)
     print(f"\n{len(rows)} held-out questions; CLaRa reads {k} documents as {k * n_memory} vectors,")
     print("the base model reads the text of the same documents:")
     for i, question in enumerate(asked):

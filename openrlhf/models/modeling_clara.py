@@ -31,6 +31,7 @@ from .adapters import (
 )
 from .checkpoint import load_decoder, load_pretrained, save_pretrained
 from .configuration_clara import STAGES, CLaRaConfig
+from .document_cache import DocumentCache
 from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE
 from .selection import select_documents
 from .tokens import ClaraTokens, Prompt
@@ -100,6 +101,7 @@ class CLaRa(PreTrainedModel):
         decoder.generation_config = GenerationConfig(eos_token_id=getattr(own, "eos_token_id", None))
         self.decoder = decoder
         self.router = AdapterRouter(decoder)
+        self.document_cache: DocumentCache | None = None
         for parameter in self.decoder.parameters():
             parameter.requires_grad_(False)
         self.special.memory.requires_grad_(False)
@@ -168,6 +170,7 @@ class CLaRa(PreTrainedModel):
     def train_stage(self, stage: str, freeze_query_reasoner: bool = False) -> None:
         """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings."""
         adapters, memory = STAGE_TRAINS[stage]
+        self.document_cache = None
         for name in adapters:
             self.router.check(name)
         learning = [name for name in adapters if not (freeze_query_reasoner and name == QUERY)]
@@ -176,6 +179,10 @@ class CLaRa(PreTrainedModel):
                 parameter.requires_grad_(name in learning)
         self.special.memory.requires_grad_(memory and self.config.optimize_mem_tokens)
         self.config.training_stage = stage
+
+    def cache_frozen_documents(self) -> None:
+        """Compresses each document of a stage-2 run once; for as long as the compressor's weights stay as they are."""
+        self.document_cache = DocumentCache(self.compress)
 
     def checkpoint_layers(self) -> None:
         """Gradient checkpointing: recompute each layer in backward, under the adapter active in its forward pass."""
@@ -229,17 +236,18 @@ class CLaRa(PreTrainedModel):
     def compress(
         self, ids_MT: torch.Tensor, mask_MT: torch.Tensor, adapter: str = ENCODER
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory vectors `[M, L, D]` of documents (or questions, through the query reasoner), and the MSE loss.
+        """Memory vectors `[M, L, D]` of documents (or questions, through the query reasoner), and their MSE `[M]`.
 
         The inputs end with the L memory tokens. MSE (paper, eq. of §2.1): squared distance between the mean of the
-        attended text states and the mean of the memory states, averaged over the hidden size and the batch, float32.
+        attended text states and the mean of the memory states, averaged over the hidden size, float32. Its mean over
+        the batch is the loss.
         """
         n_memory = self.config.n_memory_tokens
         hidden_MTD = self.hidden(adapter, self.embed(ids_MT), mask_MT)
         docs_MLD = hidden_MTD[:, -n_memory:]
         text_MT1 = mask_MT[:, :-n_memory].float().unsqueeze(-1)
         text_MD = (hidden_MTD[:, :-n_memory].float() * text_MT1).sum(1) / text_MT1.sum(1)
-        return docs_MLD, F.mse_loss(docs_MLD.float().mean(1), text_MD)
+        return docs_MLD, (docs_MLD.float().mean(1) - text_MD).square().mean(-1)
 
     def place(self, ids_BT: torch.Tensor, docs_KLD: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
         """Embeds generator inputs, each memory token replaced by the next document vector, in reading order.
@@ -281,14 +289,16 @@ class CLaRa(PreTrainedModel):
         counts_B = self._document_counts(batch, len(batch["labels"]))
         out: dict = {"logits": None, "topk_idx": None, "scores": None}
         if stage in ("stage1", "stage1_2"):
-            docs_MLD, out["mse_loss"] = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
+            docs_MLD, mse_M = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
         else:
             with torch.no_grad(), self.frozen():
-                docs_MLD, out["mse_loss"] = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
+                compress = self.document_cache or self.compress
+                docs_MLD, mse_M = compress(batch["enc_input_ids"], batch["enc_attention_mask"])
             query_BLD, _ = self.compress(batch["query_input_ids"], batch["query_attention_mask"], QUERY)
             docs_MLD, out["topk_idx"], out["scores"] = select_documents(
                 query_BLD.flatten(1), docs_MLD, counts_B, self.config.generation_top_k, self.config.topk_temperature
             )
+        out["mse_loss"] = mse_M.mean()
         if stage == "stage2_pretrain_retrieval":
             return self._retrieval_loss(out["scores"], batch["pos_index"], counts_B), out
         used_B = counts_B if out["topk_idx"] is None else counts_B.clamp(max=self.config.generation_top_k)
@@ -342,8 +352,8 @@ class CLaRa(PreTrainedModel):
         for start in range(0, len(order), INFERENCE_BATCH):
             chosen = order[start : start + INFERENCE_BATCH]
             ids, mask = self.tokens.encoder_batch([rows[i] for i in chosen])
-            vectors_NLD[chosen], mse = self.compress(ids.to(self.device), mask.to(self.device), adapter)
-            squared += mse * len(chosen)
+            vectors_NLD[chosen], mse_M = self.compress(ids.to(self.device), mask.to(self.device), adapter)
+            squared += mse_M.sum()
         return vectors_NLD, squared / max(len(rows), 1)
 
     @inference

@@ -140,6 +140,8 @@ def build_model(config: TrainingConfig, model_cfg: CLaRaConfig, root: Path | Non
     model.train_stage(config.stage, freeze_query_reasoner=config.freeze_query_reasoner)
     if config.gradient_checkpointing:
         model.checkpoint_layers()
+    if config.stage in STAGE2 and config.zero_stage < 3:  # with ZeRO-3 all ranks must run the same forward passes
+        model.cache_frozen_documents()
     return model
 
 

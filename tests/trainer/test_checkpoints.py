@@ -108,7 +108,7 @@ def limit_in(target: str, size: int) -> None:
         def write(*arguments, **options):
             if Path(arguments[position]).name == target:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-            whole(*arguments, **options)
+            return whole(*arguments, **options)
 
         return write
 

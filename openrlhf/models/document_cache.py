@@ -1,0 +1,46 @@
+"""Vectors of documents that do not change while a run lasts: in stage 2 the compressor is frozen, and candidates come
+again in other questions, epochs and evaluations. Knows nothing about stages; whoever makes a cache vouches for that.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+LIMIT_BYTES = 4 * 2**30
+
+
+class DocumentCache:
+    """Memory vectors by the documents' token ids, held on the CPU.
+
+    On a CPU documents are compressed one at a time: batches gain little there, and a document's vectors then depend on
+    nothing else, so that a resumed run, which starts with an empty cache, is equal bit for bit. On CUDA all that are
+    missing go in one batch.
+
+    Args:
+        compress: `CLaRa.compress`, without gradients and dropout.
+        limit_bytes: what the cache may hold; documents beyond are compressed each time.
+    """
+
+    def __init__(self, compress: Callable, limit_bytes: int = LIMIT_BYTES):
+        self.compress, self.limit_bytes, self.held_bytes = compress, limit_bytes, 0
+        self.stored: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, ids_MT: torch.Tensor, mask_MT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `compress` returns, `[M, L, D]` and `[M]`, computed only for documents not seen before."""
+        lengths = mask_MT.sum(1).tolist()
+        keys = [row[len(row) - n :].numpy().tobytes() for row, n in zip(ids_MT.cpu(), lengths, strict=True)]
+        missing = list({key: i for i, key in enumerate(keys) if key not in self.stored}.values())
+        fresh: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+        together = 1 if ids_MT.device.type == "cpu" else max(len(missing), 1)
+        for start in range(0, len(missing), together):
+            rows = missing[start : start + together]
+            longest = max(lengths[i] for i in rows)
+            docs, errors = self.compress(ids_MT[rows, -longest:], mask_MT[rows, -longest:])
+            for i, doc_LD, error in zip(rows, docs.cpu(), errors.cpu(), strict=True):
+                fresh[keys[i]] = (doc_LD.clone(), error)
+        for key, (doc_LD, error) in fresh.items():
+            if self.held_bytes < self.limit_bytes:
+                self.stored[key] = (doc_LD, error)
+                self.held_bytes += doc_LD.nbytes
+        found = [fresh.get(key) or self.stored[key] for key in keys]
+        return tuple(torch.stack(column).to(ids_MT.device) for column in zip(*found, strict=True))  # type: ignore
