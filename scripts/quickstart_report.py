@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation.metrics import best_over_golds, cover_exact_match_score
 from openrlhf.datasets.records import load_records
 from openrlhf.models.modeling_clara import CLaRa
-from openrlhf.utils.logging import METRICS_FILE, read_metrics
+from openrlhf.utils.logging import METRICS_FILE, read_metrics, set_up_logging
 
 STAGES = {"stage1": "stage 1: compression", "stage1_2": "stage 1_2: instructions", "stage2": "stage 2: end to end"}
 
@@ -25,8 +25,8 @@ where things are
   losses       {root}/losses.png
   figures      {root}/STAGE/metrics.jsonl
 
-This was {steps} steps of a few records: enough to see the losses fall and every part work, far too little for a good
-model. For a model to use, train on your data, on GPUs:
+This was {steps} steps of a few records: enough to see the losses fall and every part work, far too little
+for a good model; recall may go either way. For a model to use, train on your data, on GPUs:
   MODEL_PATH=mistralai/Mistral-7B-Instruct-v0.2 DATA_PATH=YOUR_DATA bash scripts/train_pretraining.sh
 then scripts/train_instruction_tuning.sh and scripts/train_stage_end_to_end.sh (docs/TRAINING_GUIDE.md)."""
 
@@ -106,8 +106,7 @@ def print_answers(root: Path, base: str, questions: Path, count: int) -> None:
         print(f"    selected   {' | '.join(doc.splitlines()[0] for doc in selected[i])}")
     for name, texts in (("CLaRa", answers), ("base model, full text", plain)):
         hits = sum(best_over_golds(cover_exact_match_score, t, g) for t, g in zip(texts, golds, strict=True))
-        print(f"\n  {name}: {hits} of {len(rows)} answers contain the gold answer", end="")
-    print()
+        print(f"\n  {name}: {hits:.0f} of {len(rows)} answers contain the gold answer")
 
 
 def main() -> None:
@@ -118,6 +117,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True, help="held-out end-to-end questions")
     parser.add_argument("--count", type=int, default=8, help="questions to answer")
     args = parser.parse_args()
+    set_up_logging(0)
     metrics = {stage: read_metrics(args.root / stage / METRICS_FILE) for stage in STAGES}
     training = {stage: [row for row in rows if row["split"] == "train"] for stage, rows in metrics.items()}
     print_losses(training)

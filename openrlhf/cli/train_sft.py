@@ -139,6 +139,10 @@ def main() -> None:
     began = time.monotonic()
     try:
         last = train(config)
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("\ntrain_sft: interrupted; the same command with --load_checkpoint goes on", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         from openrlhf.utils.distributed import WriteError
 
