@@ -66,7 +66,8 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def _docs(record: dict) -> list[str]:
+def record_docs(record: dict) -> list[str]:
+    """The documents of a record, under whichever name they stand. Raises RecordError when there are none."""
     for field in ("docs", "context", "content"):
         if record.get(field) is not None:
             return _texts(record[field], field)
@@ -78,7 +79,7 @@ def _stage1_rows(record: dict) -> Iterator[Row]:
     if kind not in ("qa", "paraphrase"):
         hint = "; this looks like instruction or end-to-end data" if kind is None and "question" in record else ""
         raise RecordError(f'data_type must be "qa" or "paraphrase" in stage 1, got {_shown(kind)}{hint}')
-    docs = _docs(record)
+    docs = record_docs(record)
     answers = [record["answers"]] if isinstance(record.get("answers"), str) else record.get("answers")
     if not isinstance(answers, list) or not answers:
         raise RecordError(f"answers must be a non-empty list, got {_shown(record.get('answers'))}")
@@ -110,7 +111,7 @@ def _answer_row(record: dict, needs_positives: bool) -> Row:
     if isinstance(question, list) or record.get("data_type") in ("qa", "paraphrase"):
         raise RecordError(f"question must be one text, got {_shown(question)}; this looks like stage-1 data")
     question = _text(question, "question")
-    docs = _docs(record)
+    docs = record_docs(record)
     golden: list[str] = []
     for field in ("golden_answers", "gold_answer", "answers", "answer"):
         if not golden and record.get(field):

@@ -61,17 +61,18 @@ class AdapterRouter:
             raise ValueError(f"the model has no {name}, only {names}: load a checkpoint with it, or add it first")
 
     @contextmanager
-    def route(self, name: str) -> Iterator[None]:
-        """Runs the body with adapter `name` active in every LoRA layer.
+    def route(self, name: str | None) -> Iterator[None]:
+        """Runs the body with adapter `name` active in every LoRA layer; None: the bare base model.
 
         Raises:
             ValueError: there is no such adapter; PEFT would run the bare base model in silence.
         """
-        self.check(name)
+        if name is not None:
+            self.check(name)
         before, was = [layer._active_adapter for layer in self.layers], self.active
         try:
             for layer in self.layers:
-                layer._active_adapter = [name]
+                layer._active_adapter = [] if name is None else [name]
             self.active = name
             yield
         finally:

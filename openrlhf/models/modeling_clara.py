@@ -74,6 +74,8 @@ class CLaRa(PreTrainedModel):
     config: CLaRaConfig
     decoder: Any
     special: SpecialEmbeddings
+    inference_batch: int = INFERENCE_BATCH
+    """Texts that go through the decoder together at inference; for you to set on an instance."""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -349,8 +351,8 @@ class CLaRa(PreTrainedModel):
         width = self.decoder.config.hidden_size
         vectors_NLD = torch.empty(len(rows), self.config.n_memory_tokens, width, dtype=self.dtype, device=self.device)
         squared = torch.zeros((), device=self.device)
-        for start in range(0, len(order), INFERENCE_BATCH):
-            chosen = order[start : start + INFERENCE_BATCH]
+        for start in range(0, len(order), self.inference_batch):
+            chosen = order[start : start + self.inference_batch]
             ids, mask = self.tokens.encoder_batch([rows[i] for i in chosen])
             vectors_NLD[chosen], mse_M = self.compress(ids.to(self.device), mask.to(self.device), adapter)
             squared += mse_M.sum()
@@ -392,7 +394,7 @@ class CLaRa(PreTrainedModel):
         chosen_KLD, topk_BK, _ = select_documents(query_BE, docs_MLD, counts_B, k, temperature)
         used = counts_B.clamp(max=k).tolist()
         prompts = [self.answer_prompt(q, n) for q, n in zip(questions, used, strict=True)]
-        return self._generate(prompts, list(chosen_KLD.split(used)), max_new_tokens), topk_BK
+        return self.generate_from_prompts(prompts, list(chosen_KLD.split(used)), max_new_tokens), topk_BK
 
     @inference
     def generate_from_text(
@@ -402,7 +404,7 @@ class CLaRa(PreTrainedModel):
         counts = _check_documents(questions, documents).tolist()
         docs_MLD, _ = self.compress_documents([doc for docs in documents for doc in docs])
         prompts = [self.answer_prompt(q, n) for q, n in zip(questions, counts, strict=True)]
-        return self._generate(prompts, list(docs_MLD.split(counts)), max_new_tokens)
+        return self.generate_from_prompts(prompts, list(docs_MLD.split(counts)), max_new_tokens)
 
     @inference
     def generate_from_paraphrase(
@@ -412,7 +414,7 @@ class CLaRa(PreTrainedModel):
         counts = _check_documents(questions, documents).tolist()
         docs_MLD, _ = self.compress_documents([doc for docs in documents for doc in docs])
         prompts = [self.build_prompt(PARAPHRASE, n) for n in counts]
-        return self._generate(prompts, list(docs_MLD.split(counts)), max_new_tokens)
+        return self.generate_from_prompts(prompts, list(docs_MLD.split(counts)), max_new_tokens)
 
     @inference
     def generate_from_compressed_documents_and_questions(
@@ -436,7 +438,7 @@ class CLaRa(PreTrainedModel):
             )
         k = compressed_documents.shape[0] // len(questions)
         prompts = [self.answer_prompt(q, k) for q in questions]
-        return self._generate(prompts, list(compressed_documents.to(self.device).split(k)), max_new_tokens)
+        return self.generate_from_prompts(prompts, list(compressed_documents.to(self.device).split(k)), max_new_tokens)
 
     def build_prompt(self, kind: str, n_docs: int, query: str = "", **options) -> Prompt:
         """See `ClaraTokens.build_prompt`."""
@@ -446,9 +448,37 @@ class CLaRa(PreTrainedModel):
         """The prompt that answers `question` from n_docs documents."""
         return self.build_prompt(ANSWER, n_docs, question)
 
-    def _generate(self, prompts: list[Prompt], docs: list[torch.Tensor], max_new_tokens: int | None) -> list[str]:
-        """Greedy answers, in batches of like length; row i reads `docs[i]` `[K_i, L, D]`."""
+    def text_prompt(self, question: str, documents: list[str]) -> Prompt:
+        """The answer prompt with texts in place of vectors, each cut where the compressor cuts it.
+
+        Raises:
+            ValueError: the checkpoint's prompts are not known.
+        """
+        return self.tokens.text_prompt(question, documents)
+
+    @inference
+    def generate_from_prompts(
+        self,
+        prompts: list[Prompt],
+        docs: list[torch.Tensor] | None = None,
+        max_new_tokens: int | None = None,
+        adapter: str | None = DECODER,
+    ) -> list[str]:
+        """Greedy texts for ready prompts, in batches of like length.
+
+        Args:
+            prompts: from `build_prompt`, `text_prompt` or `tokens.plain_prompt`.
+            docs: row i reads `docs[i]` `[K_i, L, D]`; None where no prompt has memory tokens.
+            adapter: None generates with the bare base model.
+
+        Raises:
+            ValueError: a prompt with its new tokens is longer than the base model's positions, or its memory tokens
+                are not those of its documents.
+        """
         max_new_tokens = max_new_tokens or self.config.max_new_tokens
+        if docs is None:
+            shape = (0, self.config.n_memory_tokens, self.decoder.config.hidden_size)
+            docs = [torch.empty(shape, device=self.device)] * len(prompts)
         limit = getattr(self.decoder.config, "max_position_embeddings", None)
         longest = max((len(p.ids) for p in prompts), default=0)
         if limit and longest + max_new_tokens > limit:
@@ -464,12 +494,12 @@ class CLaRa(PreTrainedModel):
         )
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         texts = [""] * len(prompts)
-        for start in range(0, len(order), INFERENCE_BATCH):
-            chosen = order[start : start + INFERENCE_BATCH]
+        for start in range(0, len(order), self.inference_batch):
+            chosen = order[start : start + self.inference_batch]
             ids, mask = self.tokens.pad_left([prompts[i].ids for i in chosen])
             counts = torch.tensor([len(docs[i]) for i in chosen])
             embeds_BTD = self.place(ids.to(self.device), torch.cat([docs[i] for i in chosen]), counts)
-            with self.router.route(DECODER):
+            with self.router.route(adapter):
                 new_BT = self.decoder.generate(
                     inputs_embeds=embeds_BTD, attention_mask=mask.to(self.device), generation_config=options
                 )

@@ -26,6 +26,10 @@ DEFAULT_PROMPTS: dict[str, str | list[str]] = {
     ],
 }
 
+# The baseline without documents; no checkpoint trains on it, so it is not saved with one.
+CLOSED_BOOK_SYSTEM = "You are a helpful assistant. Answer the question, as briefly as you can."
+CLOSED_BOOK_USER = "Question:{query}"
+
 
 def check_prompts(prompts: dict) -> None:
     """Raises ValueError when a key is missing or unknown, or a text lacks a placeholder it needs."""

@@ -127,15 +127,36 @@ class ClaraTokens:
         Raises:
             ValueError: the checkpoint's prompts are not known.
         """
-        prompts = self.config.prompts
-        if prompts is None:
+        prompts = self._known_prompts()
+        user = prompts["paraphrase_instructions"][instruction] if kind == PARAPHRASE else prompts[f"{kind}_user"]
+        return self.prompt(prompts[f"{kind}_system"], user, n_docs, query, answer)
+
+    def _known_prompts(self) -> dict:
+        if self.config.prompts is None:
             raise ValueError(
                 "this checkpoint carries no prompts: pass prompts={…} to from_pretrained, or keep the "
                 "modeling_clara.py it came with in its directory (its prompts are read from there). "
                 "Compressing works without"
             )
-        user = prompts["paraphrase_instructions"][instruction] if kind == PARAPHRASE else prompts[f"{kind}_user"]
-        return self.prompt(prompts[f"{kind}_system"], user, n_docs, query, answer)
+        return self.config.prompts
+
+    def plain_prompt(self, system: str, user: str) -> Prompt:
+        """A prompt without memory tokens: all of `user` is plain text, whatever placeholders or tokens it spells."""
+        return self.prompt(system, "{query}", 0, query=user)
+
+    def text_prompt(self, question: str, documents: list[str]) -> Prompt:
+        """See `CLaRa.text_prompt`."""
+        prompts = self._known_prompts()
+        texts = {"{docs}": "\n\n".join(self.seen_text(doc) for doc in documents), "{query}": question}
+        user = re.sub(r"\{docs\}|\{query\}", lambda field: texts[field[0]], prompts["answer_user"])
+        return self.plain_prompt(prompts["answer_system"], user)
+
+    def seen_text(self, document: str) -> str:
+        """The part of a document that the compressor reads: the whole, or what is left after its cut on the right."""
+        start = [i for i in (self.enc_id, self.tokenizer.bos_token_id) if i is not None]
+        limit = self.config.doc_max_length + 3 - len(start)
+        (ids,) = self.plain_ids([document])
+        return document if len(ids) <= limit else str(self.tokenizer.decode(ids[:limit])).rstrip("\ufffd")
 
     def end_of_turn_ids(self, system: str, user: str) -> list[int]:
         """Ids that end the assistant's turn in the chat template."""

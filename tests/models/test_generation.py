@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.models.prompts import DEFAULT_PROMPTS
@@ -190,3 +191,16 @@ def test_an_answer_ends_at_the_end_of_turn_of_the_chat_template(base_dir):
         after = model.tokens.tokenizer.decode([int(head(then).argmax())], skip_special_tokens=True)
     assert after.strip(), "without a stop the answer would go on"
     assert model.generate_from_text([QUESTIONS[0]], [DOCS[:1]]) == [""]
+
+
+def test_without_adapter_the_bare_base_model_generates(mistral):
+    model = new_model(mistral)
+    base = AutoModelForCausalLM.from_pretrained(mistral)
+    prompts = [model.text_prompt(q, DOCS[:n]) for n, q in enumerate(QUESTIONS, 1)]
+    texts = model.generate_from_prompts(prompts, max_new_tokens=8, adapter=None)
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = torch.tensor([prompt.ids])
+        output = base.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, len(prompt.ids) :]
+        assert text == model.tokens.tokenizer.decode(output, skip_special_tokens=True).strip()
+    assert texts != model.generate_from_prompts(prompts, max_new_tokens=8)
+    assert model.router.active is None

@@ -229,3 +229,38 @@ def test_a_tokenizer_that_holds_the_tokens_elsewhere_is_refused():
 def test_prompts_unknown_is_an_error_that_says_what_to_do():
     with pytest.raises(ValueError, match="carries no prompts: pass prompts="):
         make_tokens("mistral", prompts=None).build_prompt("answer", 1, query="Where?")
+
+
+def test_a_text_prompt_reads_as_the_answer_prompt_with_texts_for_vectors(name):
+    tokens = make_tokens(name, doc_max_length=64)
+    prompt = tokens.text_prompt("Where?", [DOCS[0], DOCS[2]])
+    expected = tokens.plain_prompt(
+        DEFAULT_PROMPTS["answer_system"], f"Background:\n{DOCS[0]}\n\n{DOCS[2]}\n\nQuestion:Where?"
+    )
+    assert prompt.ids == expected.ids and prompt.n_prompt == len(prompt.ids)
+    assert f"Background:\n{DOCS[0]}\n\n{DOCS[2]}\n\nQuestion:Where?" in tokens.tokenizer.decode(prompt.ids)
+
+
+def test_documents_and_questions_of_a_text_prompt_stay_plain_text(name):
+    tokens = make_tokens(name, doc_max_length=64)
+    odd = "{query} {docs} <MEM0> </s> <|im_end|>"
+    ids = tokens.text_prompt(odd, [odd]).ids
+    assert tokens.tokenizer.decode(ids).count(odd) == 2
+    assert not set(tokens.memory_ids) & set(ids)
+    plain = tokens.text_prompt("x", ["y"]).ids
+    special = set(tokens.tokenizer.all_special_ids)
+    assert [i for i in ids if i in special] == [i for i in plain if i in special]
+
+
+def test_the_seen_text_is_what_the_compressor_reads(name):
+    tokens = make_tokens(name)
+    start = len(tokens.encoder_rows([""])[0]) - (tokens.tokenizer.eos_token_id is not None)
+    for text in DOCS:
+        (row,) = tokens.encoder_rows([text])
+        seen = tokens.seen_text(text)
+        if row[-1] == tokens.tokenizer.eos_token_id:
+            assert seen == text
+        else:
+            assert text.startswith(seen) and len(seen) < len(text)
+            assert tokens.tokenizer.decode(row[start:]).rstrip("\ufffd") == seen
+    assert tokens.seen_text("") == ""
