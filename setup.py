@@ -9,6 +9,7 @@ setup(
     description="CLaRa: retrieval-augmented generation in which a language model reads compressed documents",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
+    package_data={"evaluation": ["*.csv", "*.css", "*.js"]},
     packages=find_packages(include=["openrlhf", "openrlhf.*", "evaluation", "evaluation.*"]),
     install_requires=[
         "torch>=2.6",
@@ -18,14 +19,16 @@ setup(
         "accelerate>=1.10",
         "datasets>=4.0",
         "safetensors>=0.4",
+        "numpy",
+        "tqdm",
         "wandb",
     ],
     extras_require={
         "flash": ["flash-attn"],
         "ray": ["ray[default]"],
-        "eval": ["matplotlib", "scikit-learn", "bm25s", "sentence-transformers"],
+        "eval": ["bm25s", "matplotlib", "scikit-learn", "sentence-transformers>=5.2", "llmlingua>=0.2.2", "spacy"],
         "pipeline": ["gguf>=0.17"],
         "serve": ["fastapi", "uvicorn"],
-        "test": ["pytest", "ruff", "mypy", "tensorboard", "matplotlib"],
+        "test": ["pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn"],
     },
 )

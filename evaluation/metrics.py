@@ -7,6 +7,7 @@ written without spaces (Chinese, Japanese) an answer is found only where it stan
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ FILL_INDEX = -1
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ROUGE_TOKEN = re.compile(r"[^\W_]+")
 _BOOLEAN_WORDS = {"True": "yes", "False": "no"}
 _CLOSED_ANSWERS = frozenset({"yes", "no", "noanswer"})
 
@@ -46,10 +48,7 @@ def f1_score(prediction: str, truth: str) -> float:
         return 0.0
     prediction_tokens, truth_tokens = prediction.split(), truth.split()
     common = (Counter(prediction_tokens) & Counter(truth_tokens)).total()
-    if common == 0:
-        return 0.0
-    precision, recall = common / len(prediction_tokens), common / len(truth_tokens)
-    return 2 * precision * recall / (precision + recall)
+    return _harmonic_mean(common, len(prediction_tokens), len(truth_tokens))
 
 
 def cover_exact_match_score(prediction: str, truth: str) -> bool:
@@ -77,6 +76,56 @@ def best_over_golds(score: Callable[[str, str], float], prediction: str, golds: 
     return float(max(score(prediction, gold) for gold in golds))
 
 
+def _rouge_tokens(text: str) -> list[str]:
+    # NFC, so that one letter written as one or as two code points is the same token.
+    return _ROUGE_TOKEN.findall(unicodedata.normalize("NFC", text.lower()))
+
+
+def _harmonic_mean(common: int, prediction_length: int, truth_length: int) -> float:
+    """F1 of common / prediction_length and common / truth_length; 0 without anything in common."""
+    if common == 0:
+        return 0.0
+    precision, recall = common / prediction_length, common / truth_length
+    return 2 * precision * recall / (precision + recall)
+
+
+def rouge_1(prediction: str, reference: str) -> float:
+    """ROUGE-1 (Lin 2004) as F1, in [0, 1]: tokens in common, each counted as often as the rarer side has it.
+
+    Tokens are lower-cased runs of letters and digits. The `rouge_score` package gives the same figures on ASCII text
+    without its stemmer; it drops every letter outside a–z, here letters of any script count.
+    """
+    prediction_tokens, reference_tokens = _rouge_tokens(prediction), _rouge_tokens(reference)
+    common = (Counter(prediction_tokens) & Counter(reference_tokens)).total()
+    return _harmonic_mean(common, len(prediction_tokens), len(reference_tokens))
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004) as F1, in [0, 1]: longest common subsequence of the tokens, the text as one sequence.
+
+    Tokens as in `rouge_1`, with the same differences from the `rouge_score` package.
+    """
+    prediction_tokens, reference_tokens = _rouge_tokens(prediction), _rouge_tokens(reference)
+    common = _common_subsequence(prediction_tokens, reference_tokens)
+    return _harmonic_mean(common, len(prediction_tokens), len(reference_tokens))
+
+
+def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a whole row of the dynamic programme in one integer (Hyyrö 2004).
+
+    Bit i of `row` is 0 where the length grows at left[i]; the zeros are counted at the end.
+    """
+    places: dict[str, int] = {}
+    for i, token in enumerate(left):
+        places[token] = places.get(token, 0) | 1 << i
+    full = (1 << len(left)) - 1
+    row = full
+    for token in right:
+        matches = row & places.get(token, 0)
+        row = ((row + matches) | (row - matches)) & full
+    return len(left) - row.bit_count()
+
+
 def _hits(ranked: Sequence[int], positives: Sequence[int], k: int) -> int:
     if k < 1:
         raise ValueError(f"k is {k}; it counts documents and starts at 1.")
@@ -101,6 +150,12 @@ def recall_at_k(ranked: list[int], positives: list[int], k: int, relevant: int |
 def precision_at_k(ranked: list[int], positives: list[int], k: int) -> float:
     """Gold documents among the first k of the ranking, divided by k even where the ranking is shorter."""
     return _hits(ranked, positives, k) / k
+
+
+def reciprocal_rank(ranked: Sequence[int], positives: Sequence[int]) -> float:
+    """1 / rank of the first gold document, the fill value −1 not counted; 0 where none is ranked."""
+    documents = (index for index in ranked if index != FILL_INDEX)
+    return next((1 / rank for rank, index in enumerate(documents, start=1) if index in positives), 0.0)
 
 
 @dataclass(frozen=True)

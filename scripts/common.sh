@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: variables, the virtual environment, and how training is launched.
+# Sourced by the scripts beside it: variables, the virtual environment, and how training and evaluation are launched.
 # Variables come from the caller's environment, then from .env, then from the defaults below.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,6 +15,7 @@ if [ -f .env ]; then
     done < .env
 fi
 
+GIVEN_MODEL_PATH="${MODEL_PATH:-}"
 MODEL_PATH="${MODEL_PATH:-.models/SmolLM2-135M-Instruct}"
 DATA_PATH="${DATA_PATH:-./example}"
 CHECKPOINT_ROOT="${CHECKPOINT_ROOT:-./checkpoints}"
@@ -59,15 +60,19 @@ make_venv() {
     fi
 }
 
+# Sets DEVICES, the GPUs that are there, NUM_LOCAL_GPUS, the processes to start, and their threads where there is no GPU.
+find_devices() {
+    DEVICES="$( (nvidia-smi -L 2> /dev/null || true) | grep -c '^GPU' || true)"
+    NUM_LOCAL_GPUS="${NUM_LOCAL_GPUS:-$((DEVICES > 0 ? DEVICES : 1))}"
+    if [ "$DEVICES" = 0 ]; then
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > NUM_LOCAL_GPUS ? $(nproc) / NUM_LOCAL_GPUS : 1))}"
+    fi
+}
+
 # train STAGE_ARGUMENTS…: one process for each device of this node, NUM_NODES nodes.
 train() {
     find_python
-    local devices
-    devices="$( (nvidia-smi -L 2> /dev/null || true) | grep -c '^GPU' || true)"
-    NUM_LOCAL_GPUS="${NUM_LOCAL_GPUS:-$((devices > 0 ? devices : 1))}"
-    if [ "$devices" = 0 ]; then
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > NUM_LOCAL_GPUS ? $(nproc) / NUM_LOCAL_GPUS : 1))}"
-    fi
+    find_devices
     if [ "$MODEL_PATH" = .models/SmolLM2-135M-Instruct ] && [ ! -f "$MODEL_PATH/config.json" ]; then
         echo "no base model yet: python scripts/get_base_model.py makes $MODEL_PATH, or set MODEL_PATH" >&2
         exit 1
@@ -95,4 +100,29 @@ print(*[name for name, has in psutil.net_if_addrs().items() if own in [a.address
     [ "$NODE_RANK" = 0 ] || say "node 0 ($MASTER) writes the trained checkpoint and the figures, in its CHECKPOINT_ROOT"
     "$PYTHON" "${launcher[@]}" -m openrlhf.cli.train_sft --pretrain "$MODEL_PATH" --dataset "$DATA_PATH" \
         --save_path "$CHECKPOINT_ROOT/$SAVE_MODEL_NAME" --ckpt_path "$CHECKPOINT_ROOT/$SAVE_MODEL_NAME/checkpoints" "$@"
+}
+
+# evaluate SUITE FLAGS…: measures CHECKPOINT with one process for each device of this machine.
+evaluate() {
+    local suite="$1" flags=() launcher=()
+    shift
+    find_python
+    find_devices
+    if [ -z "${EVAL_DATA:-}" ]; then
+        EVAL_DATA=./evaluation/evaluation_data
+        [ -d "$EVAL_DATA" ] || EVAL_DATA=./example/evaluation_data
+    fi
+    RESULTS_DIR="${RESULTS_DIR:-./results/$(basename "$CHECKPOINT")/$suite}"
+    [ -z "$GIVEN_MODEL_PATH" ] || flags+=(--model_path "$GIVEN_MODEL_PATH")
+    [ -z "${DATASETS:-}" ] || flags+=(--datasets "$DATASETS")
+    [ -z "${SETTING:-}" ] || flags+=(--setting "$SETTING")
+    [ -z "${MAX_QUESTIONS:-}" ] || flags+=(--max_questions "$MAX_QUESTIONS")
+    if [ "$NUM_LOCAL_GPUS" -gt 1 ] && [ "$DEVICES" != 0 ]; then
+        launcher=(-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes "$NUM_LOCAL_GPUS"
+            --main_process_port "$MASTER_PORT" --mixed_precision no --dynamo_backend no)
+    elif [ "$NUM_LOCAL_GPUS" -gt 1 ]; then # accelerate would start several CPU processes through MPI only
+        launcher=(-m torch.distributed.run --standalone --nproc_per_node "$NUM_LOCAL_GPUS")
+    fi
+    "$PYTHON" "${launcher[@]}" -m evaluation.evaluate --suite "$suite" --checkpoint "$CHECKPOINT" \
+        --eval_data "$EVAL_DATA" --output_dir "$RESULTS_DIR" "${flags[@]}" "$@"
 }

@@ -26,7 +26,9 @@ where things are
   figures      {root}/STAGE/metrics.jsonl
 
 This was {steps} steps of a few records: enough to see the losses fall and every part work, far too little
-for a good model; recall may go either way. For a model to use, train on your data, on GPUs:
+for a good model; recall may go either way. To measure it beside BM25 and the base model reading the text:
+  CHECKPOINT={root}/stage2 bash scripts/evaluation_end_to_end.sh
+For a model to use, train on your data, on GPUs:
   MODEL_PATH=mistralai/Mistral-7B-Instruct-v0.2 DATA_PATH=YOUR_DATA bash scripts/train_pretraining.sh
 then scripts/train_instruction_tuning.sh and scripts/train_stage_end_to_end.sh (docs/TRAINING_GUIDE.md)."""
 

@@ -12,14 +12,19 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+from evaluation import systems
+from evaluation.config import EvaluationConfig
+from evaluation.sources import READERS
 from openrlhf.cli.train_sft import FIXED
 from openrlhf.models.modeling_clara import CLaRa, CLaRaConfig
 from openrlhf.trainer.config import TrainingConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE, DATA = "README.md", "docs/TRAINING_GUIDE.md", "DATA_PIPELINE_GUIDE.md"
-INDEX = "docs/PAPER_INDEX.md"
-PAGES = (README, GUIDE, DATA, INDEX, "CONTRIBUTING.md", "CHANGELOG.md")
+INDEX, EVALUATION, EVALUATION_DATA = "docs/PAPER_INDEX.md", "docs/EVALUATION_GUIDE.md", "docs/EVALUATION_DATA.md"
+PAGES = (README, GUIDE, DATA, INDEX, EVALUATION, EVALUATION_DATA, "CONTRIBUTING.md", "CHANGELOG.md")
+# What scripts/prepare_eval_data.py makes.
+MADE = "evaluation/evaluation_data"
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"(?<![\w/.$-])(?:(?:scripts|openrlhf|evaluation|example|docs|figs|tests)/[\w./-]*\w/?"
                    r"|[A-Z_]{6,}\.md|LICENSE|setup\.py|requirements[\w-]*\.txt|\.env\.example)(?![\w/])")  # fmt: skip
@@ -41,9 +46,11 @@ def inline(page: str) -> list[str]:
 
 
 def option_strings(file: Path) -> set[str]:
-    return set(re.findall(r'"(--[a-z_]+)"', file.read_text(encoding="utf-8")))
+    own = set(re.findall(r'"(--[a-z_]+)"', file.read_text(encoding="utf-8")))
+    return own | {f"--{name}" for name in READERS} if file.stem == "prepare_eval_data" else own
 
 
+EVALUATION_FLAGS = {f"--{field.name}" for field in dataclasses.fields(EvaluationConfig)}
 TRAINING_FLAGS = {f"--{field.name}" for field in dataclasses.fields(TrainingConfig)} | {"--no_qa_loss"}
 LAUNCHER_FLAGS = {option for action in get_args_parser()._actions for option in action.option_strings}
 
@@ -52,14 +59,16 @@ def known_flags(command: str) -> set[str]:
     """Flags that the program of a command takes; fails for a program that is not there."""
     words = [word for word in command.split() if not re.fullmatch(r"[A-Z_]+=\S*", word)]
     module = re.search(r"-m ([\w.]+)", command)
-    if module and not module[1].startswith("openrlhf"):
+    if module and not module[1].startswith(("openrlhf", "evaluation")):
         return {"-m"}
     if module:
         file = ROOT / (module[1].replace(".", "/") + ".py")
-        own = TRAINING_FLAGS if file.stem == "train_sft" else option_strings(file)
+        own = {"train_sft": TRAINING_FLAGS, "evaluate": EVALUATION_FLAGS}.get(file.stem) or option_strings(file)
         return own | {"-m"} | (LAUNCHER_FLAGS if words[0] == "torchrun" else set())
     if words[0] in ("bash", "python") or words[0].startswith("scripts/"):
         script = words[0] if words[0].startswith("scripts/") else words[1]
+        if script.startswith("scripts/evaluation_"):
+            return EVALUATION_FLAGS
         return TRAINING_FLAGS if script.startswith("scripts/train_") else {"-k"} | option_strings_of(script)
     return set(OTHERS.get(words[0], ()))
 
@@ -124,7 +133,7 @@ def test_python_snippets_run_as_printed(quickstart):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_and_folders_named_exist(page):
-    named = set(NAMED.findall(read(page)))
+    named = {name for name in NAMED.findall(read(page)) if not name.startswith(MADE)}
     assert named or page == "CHANGELOG.md"
     # A page may name a neighbour as well as something from the repository's root.
     missing = [
@@ -153,14 +162,15 @@ def test_flags_in_commands_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_named_in_the_text_exist(page):
-    known = TRAINING_FLAGS.union(*map(option_strings, [*ROOT.glob("scripts/*.py"), *ROOT.glob("openrlhf/cli/*.py")]))
+    files = [*ROOT.glob("scripts/*.py"), *ROOT.glob("openrlhf/cli/*.py"), *ROOT.glob("evaluation/*.py")]
+    known = (TRAINING_FLAGS | EVALUATION_FLAGS).union(*map(option_strings, files))
     named = {flag for code in inline(page) if code.startswith("--") for flag in re.findall(r"--[a-z][\w-]*", code)}
     assert named <= known
 
 
 def shown_default(field: dataclasses.Field) -> str:
     default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    if field.name in ("pretrain", "dataset"):
+    if field.name in ("pretrain", "dataset", "checkpoint"):
         return "required"
     if isinstance(default, bool):
         return "on" if default else "off"
@@ -168,12 +178,28 @@ def shown_default(field: dataclasses.Field) -> str:
         return " ".join(map(str, default))
     if isinstance(default, float):
         return f"{default:g}".replace("e-0", "e-") if default < 1e-3 and default else str(default)
-    return "none" if default is None else str(default)
+    return "none" if default in (None, "") else str(default)
 
 
 def test_training_guide_lists_every_flag_with_its_default():
     rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]+?) \|", read(GUIDE), re.MULTILINE))
     assert rows == {field.name: shown_default(field) for field in dataclasses.fields(TrainingConfig)}
+
+
+def test_evaluation_guide_lists_every_flag_with_its_default():
+    rows = dict(re.findall(r"^\| `--(\w+)` \| ([^|]+?) \|", read(EVALUATION), re.MULTILINE))
+    assert rows == {field.name: shown_default(field) for field in dataclasses.fields(EvaluationConfig)}
+
+
+def test_evaluation_guide_lists_every_system_and_variable():
+    own = {systems.CLARA, systems.CLOSED_BOOK, systems.TEXT_RAG, systems.ORACLE_TEXT, systems.LLMLINGUA}
+    own |= {systems.RANDOM, systems.BM25, systems.DENSE, systems.CROSS_ENCODER}
+    listed = read(EVALUATION).split("## What is compared")[1].split("## Metrics")[0]
+    assert own == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]+) \|", listed, re.MULTILINE))))
+    variables = set(re.findall(r"^\| `([A-Z_]+)` \|", read(EVALUATION), re.MULTILINE))
+    used = set(re.findall(r"\$\{?([A-Z_]+)", read("scripts/common.sh").split("evaluate() {")[1]))
+    used = {name.replace("GIVEN_", "") for name in used} - {"PYTHON", "DEVICES", "MASTER_PORT"}
+    assert variables == used
 
 
 def test_training_guide_names_what_a_resumed_run_must_share():
@@ -193,7 +219,7 @@ def test_variables_of_the_scripts_have_the_defaults_of_the_readme():
             assert found or any(f"${{{name}:-" in read(f"scripts/{s.name}") for s in ROOT.glob("scripts/train_*.sh")), (
                 name
             )
-    assert set(re.findall(r'^([A-Z_]+)="\$\{', common, re.MULTILINE)) <= set(rows)
+    assert set(re.findall(r'^([A-Z_]+)="\$\{', common, re.MULTILINE)) - {"GIVEN_MODEL_PATH"} <= set(rows)
 
 
 def test_directories_of_the_stages_are_those_of_the_scripts():

@@ -1,6 +1,8 @@
 """evaluation/metrics.py against the conformance vectors and the sentences of SPEC section 8."""
 
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ from evaluation.metrics import (
     normalize_answer,
     precision_at_k,
     recall_at_k,
+    reciprocal_rank,
     retrieval_scores,
+    rouge_1,
+    rouge_l,
 )
 
 VECTORS = json.loads((Path(__file__).parents[1] / "data/vectors/metrics.json").read_text(encoding="utf-8"))
@@ -100,3 +105,75 @@ def test_undefined_scores_are_errors():
         precision_at_k([0], [0], 0)
     with pytest.raises(ValueError, match="not the same"):
         retrieval_scores([[0]], [])
+
+
+def test_reciprocal_rank_is_that_of_the_first_gold_document():
+    assert reciprocal_rank([4, 2, 0], [0, 2]) == 0.5
+    assert reciprocal_rank([4, 2, 0], [4]) == 1.0
+    assert reciprocal_rank([4, 2, 0], [7]) == 0.0
+    assert reciprocal_rank([], [0]) == 0.0
+
+
+def test_fill_value_has_no_rank_and_is_never_gold():
+    assert reciprocal_rank([-1, -1, 3], [3]) == 1.0
+    assert reciprocal_rank([-1, 3], [-1]) == 0.0
+
+
+# The figures of the rouge_score package, version 0.1.2, use_stemmer=False: prediction, reference, rouge1, rougeL.
+ROUGE = [
+    ("The cat sat on the mat.", "The mat: a cat sat!", 0.7272727272727272, 0.5454545454545454),
+    (
+        "Marie Curie was born in Warsaw in 1867.",
+        "In 1867, Marie Curie was born, in Warsaw, the capital of Poland.",
+        0.8,
+        0.6,
+    ),
+    ("the the the", "the cat the", 0.6666666666666666, 0.6666666666666666),
+    ("snake_case and state-of-the-art", "snake case or state of the art", 0.8571428571428571, 0.8571428571428571),
+    ("", "nothing here", 0.0, 0.0),
+    ("one two three", "four five six", 0.0, 0.0),
+    (
+        "The Danube flows through ten countries before it reaches the Black Sea",
+        "Before it reaches the Black Sea the Danube crosses ten countries, more than any other river",
+        0.7142857142857143,
+        0.42857142857142855,
+    ),
+]
+
+
+@pytest.mark.parametrize(("prediction", "reference", "unigram", "longest"), ROUGE)
+def test_rouge_equals_the_rouge_score_package_on_ascii(prediction, reference, unigram, longest):
+    assert rouge_1(prediction, reference) == pytest.approx(unigram, abs=1e-12)
+    assert rouge_l(prediction, reference) == pytest.approx(longest, abs=1e-12)
+
+
+def test_rouge_counts_letters_of_any_script():
+    assert rouge_1("Café in Köln", "cafe in koln") == pytest.approx(1 / 3)
+    assert rouge_l("Москва столица России", "МОСКВА — столица России!") == 1.0
+    assert rouge_1("東京 は 日本", "東京") == pytest.approx(0.5)
+    assert rouge_1("Cafe\u0301", "caf\u00e9") == 1.0
+    assert rouge_1("… — !", "?") == 0.0
+
+
+def slow_common_subsequence(left: list[str], right: list[str]) -> int:
+    table = [[0] * (len(right) + 1) for _ in range(len(left) + 1)]
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+    return table[-1][-1]
+
+
+def test_rouge_l_equals_the_plain_table_of_the_longest_common_subsequence():
+    draw = random.Random(0)
+    for _ in range(200):
+        left, right = ([draw.choice("abcde") for _ in range(draw.randint(1, 40))] for _ in range(2))
+        f1 = 2 * slow_common_subsequence(left, right) / (len(left) + len(right))
+        assert rouge_l(" ".join(left), " ".join(right)) == pytest.approx(f1, abs=1e-12)
+
+
+def test_rouge_l_is_quick_on_whole_documents():
+    draw = random.Random(1)
+    left, right = (" ".join(draw.choice("abcdefghij") for _ in range(3000)) for _ in range(2))
+    start = time.perf_counter()
+    assert 0.3 < rouge_l(left, right) < 1
+    assert time.perf_counter() - start < 1

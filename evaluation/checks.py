@@ -1,0 +1,111 @@
+"""What is found out before a model loads: the checkpoint's stage, missing libraries, the state of --output_dir."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from evaluation import systems
+from evaluation.config import EvaluationConfig
+from evaluation.llmlingua import check_llmlingua
+from evaluation.paraphrase import check_bert_model, check_entity_model
+from evaluation.questions import END_TO_END, PRETRAINING
+from evaluation.rankers import check_ranker
+from openrlhf.models.adapters import ADAPTERS, QUERY, WEIGHTS_FILE
+from openrlhf.models.checkpoint import CONFIG_FILE, EMBEDDINGS_FILE, find_base, find_checkpoint, read_config
+from openrlhf.models.public_format import ADAPTERS_FILE
+from openrlhf.utils.logging import write_whole
+
+RESULTS, PREDICTIONS, TABLE, RUN, WORK = "results.json", "predictions.jsonl", "table.md", "run.json", "work"
+# Where things are does not change a result; `run_facts` has the hashes of what they hold.
+PLACES = ("output_dir", "overwrite", "checkpoint", "subfolder", "model_path", "base_model", "eval_data")
+
+
+def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
+    """The checkpoint's directory and its config's facts, before any weight is read.
+
+    Raises:
+        FileNotFoundError: the checkpoint or its base model is missing.
+        ValueError: its stage cannot do what the suite asks, or it carries no prompts.
+    """
+    root = find_checkpoint(config.checkpoint, config.subfolder)
+    override = {"decoder_model_name": config.model_path} if config.model_path else {}
+    ours, saved = read_config(root, None, override)
+    public = (root / ADAPTERS_FILE).is_file()
+    trained = saved.training_stage
+    if config.suite == END_TO_END and not (trained.startswith("stage2") and (public or (root / QUERY).is_dir())):
+        raise ValueError(
+            f"{root} is a {trained} checkpoint without a query reasoner, and the end_to_end suite selects documents "
+            "with one: give a stage2 checkpoint, or run --suite instruction_tuning (all documents are read)"
+        )
+    if ours.prompts is None and not public:
+        raise ValueError(f"{root}/{CONFIG_FILE} holds no prompts, and nothing can be generated without them")
+    base, _ = find_base(ours.decoder_model_name, root, Path.cwd())
+    return root, {
+        "checkpoint": str(config.checkpoint),
+        "base_model": base,
+        "training_stage": trained,
+        "compr_rate": ours.compr_rate,
+        "doc_max_length": ours.doc_max_length,
+        "n_memory_tokens": ours.n_memory_tokens,
+        "generation_top_k": config.generation_top_k or ours.generation_top_k,
+        "max_new_tokens": config.max_new_tokens or ours.max_new_tokens,
+    }
+
+
+def check_models(config: EvaluationConfig) -> None:
+    """Raises ValueError when a library or model of a baseline or score is missing."""
+    if config.baselines and config.suite != PRETRAINING:
+        check_ranker(systems.BM25, None)
+    for kind, name in ((systems.DENSE, config.dense_model), (systems.CROSS_ENCODER, config.cross_encoder)):
+        if name:
+            check_ranker(kind, name)
+    if config.llmlingua_model:
+        check_llmlingua(config.llmlingua_model)
+    if config.bertscore_model:
+        check_bert_model(config.bertscore_model)
+    if config.entity_model:
+        check_entity_model(config.entity_model)
+
+
+def open_output(config: EvaluationConfig, run: dict) -> None:
+    """Makes --output_dir ready for this run, or for going on with it.
+
+    Raises:
+        ValueError: it holds another run.
+    """
+    target = Path(config.output_dir)
+    path = target / RUN
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if before is not None and before != run and not config.overwrite:
+        changed = [key for key in {**before, **run} if before.get(key) != run.get(key)]
+        raise ValueError(
+            f"{target} holds a run with other settings ({', '.join(changed)}): give another --output_dir, or "
+            "--overwrite to delete that run"
+        )
+    foreign = before is None and any((target / name).exists() for name in (RESULTS, PREDICTIONS, WORK))
+    if foreign and not config.overwrite:
+        raise ValueError(f"{target} holds results of something else: give another --output_dir, or --overwrite")
+    if config.overwrite and (before is not None or foreign):
+        for name in (RESULTS, PREDICTIONS, TABLE, RUN):
+            (target / name).unlink(missing_ok=True)
+        shutil.rmtree(target / WORK, ignore_errors=True)
+    target.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(run, indent=1))
+
+
+def run_facts(config: EvaluationConfig, root: Path, facts: dict, data: list[dict]) -> dict:
+    """What a run that is taken up again must agree with: settings, data and weights."""
+    digest = hashlib.sha256()
+    files = [CONFIG_FILE, EMBEDDINGS_FILE, ADAPTERS_FILE, *(f"{name}/{WEIGHTS_FILE}" for name in ADAPTERS)]
+    for path in [root / name for name in files]:
+        if path.is_file():
+            digest.update(path.read_bytes())
+    settings = {key: value for key, value in {**asdict(config), **facts}.items() if key not in PLACES}
+    hashes = [[each["dataset"], each["setting"], each["sha256"]] for each in data]
+    return {
+        **settings,
+        "weights": digest.hexdigest(),
+        "data": hashes,
+    }
