@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rest = f", {left_out} left out (--max_questions {args.max_questions})" if left_out else ""
     size = len(page.encode("utf-8")) / 1e6
     questions = f"{len(browser['questions'])} questions{rest}"
-    print(f"{target}: {len(folders)} runs, {questions}, {size:.1f} MB; open it in a browser")
+    print(f"{target}: {len(folders)} run{'s' * (len(folders) > 1)}, {questions}, {size:.1f} MB; open it in a browser")
 
 
 if __name__ == "__main__":
