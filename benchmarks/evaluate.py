@@ -87,9 +87,7 @@ def main() -> None:
         f"{len(questions)} questions, {candidates} candidates, {parts['distinct']} of them distinct; {args.dtype}, "
         f"{torch.get_num_threads()} threads; {same} of {number} answers equal"
     )
-    print(
-        f"evaluation  {total:9.1f} s: compressing {parts['compress']:.1f}, selecting and answering {parts['answer']:.1f}"
-    )
+    print(f"evaluation  {total:9.1f} s: compressing {parts['compress']:.1f}, answering {parts['answer']:.1f}")
     print(f"one by one  {single * len(questions):9.1f} s: {single:.2f} s a question, measured on {number}")
     print(f"ratio       {ratio:9.2f}")
     result = {**vars(args), "out": str(args.out), "questions": len(questions), "candidates": candidates, **parts}
