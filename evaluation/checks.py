@@ -14,7 +14,7 @@ from evaluation.questions import END_TO_END, PRETRAINING
 from evaluation.rankers import check_ranker
 from openrlhf.models.adapters import ADAPTERS, QUERY, WEIGHTS_FILE
 from openrlhf.models.checkpoint import CONFIG_FILE, EMBEDDINGS_FILE, find_base, find_checkpoint, read_config
-from openrlhf.models.public_format import ADAPTERS_FILE
+from openrlhf.models.public_format import ADAPTERS_FILE, read_prompts
 from openrlhf.utils.logging import write_whole
 
 RESULTS, PREDICTIONS, TABLE, RUN, WORK = "results.json", "predictions.jsonl", "table.md", "run.json", "work"
@@ -39,8 +39,12 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
             f"{root} is a {trained} checkpoint without a query reasoner, and the end_to_end suite selects documents "
             "with one: give a stage2 checkpoint, or run --suite instruction_tuning (all documents are read)"
         )
-    if ours.prompts is None and not public:
-        raise ValueError(f"{root}/{CONFIG_FILE} holds no prompts, and nothing can be generated without them")
+    places = [root, *list(root.parents)[: len(Path(config.subfolder).parts)]]
+    if ours.prompts is None and not (public and read_prompts(places)):
+        raise ValueError(
+            f"{root} carries no prompts, and nothing can be generated without them: keep the modeling_clara.py that it "
+            "came with in its directory"
+        )
     base, _ = find_base(ours.decoder_model_name, root, Path.cwd())
     return root, {
         "checkpoint": str(config.checkpoint),

@@ -325,6 +325,13 @@ def test_a_stage2_checkpoint_that_lost_its_query_reasoner_is_refused(no_model, s
     assert "without a query reasoner" in refused(flags(copy, eval_data, tmp_path / "out"), capsys)
 
 
+def test_a_public_checkpoint_without_its_prompts_is_refused(no_model, vectors, eval_data, tmp_path, capsys):
+    source = vectors / "checkpoints" / "c8_stage2"
+    copy = shutil.copytree(source, tmp_path / "copy")
+    base = ["--model_path", str(vectors / "decoders" / "sys")]
+    assert "carries no prompts" in refused(flags(copy, eval_data, tmp_path / "out", *base), capsys)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
