@@ -12,12 +12,13 @@ from evaluation.llmlingua import check_llmlingua
 from evaluation.paraphrase import check_bert_model, check_entity_model
 from evaluation.questions import END_TO_END, PRETRAINING
 from evaluation.rankers import check_ranker
+from evaluation.report_data import PREDICTIONS_FILE, RESULTS_FILE
 from openrlhf.models.adapters import ADAPTERS, QUERY, WEIGHTS_FILE
 from openrlhf.models.checkpoint import CONFIG_FILE, EMBEDDINGS_FILE, find_base, find_checkpoint, read_config
 from openrlhf.models.public_format import ADAPTERS_FILE, read_prompts
 from openrlhf.utils.logging import write_whole
 
-RESULTS, PREDICTIONS, TABLE, RUN, WORK = "results.json", "predictions.jsonl", "table.md", "run.json", "work"
+TABLE, RUN, WORK = "table.md", "run.json", "work"
 # Where things are does not change a result; `run_facts` has the hashes of what they hold.
 PLACES = ("output_dir", "overwrite", "checkpoint", "subfolder", "model_path", "base_model", "eval_data")
 
@@ -88,11 +89,11 @@ def open_output(config: EvaluationConfig, run: dict) -> None:
             f"{target} holds a run with other settings ({', '.join(changed)}): give another --output_dir, or "
             "--overwrite to delete that run"
         )
-    foreign = before is None and any((target / name).exists() for name in (RESULTS, PREDICTIONS, WORK))
+    foreign = before is None and any((target / name).exists() for name in (RESULTS_FILE, PREDICTIONS_FILE, WORK))
     if foreign and not config.overwrite:
         raise ValueError(f"{target} holds results of something else: give another --output_dir, or --overwrite")
     if config.overwrite and (before is not None or foreign):
-        for name in (RESULTS, PREDICTIONS, TABLE, RUN):
+        for name in (RESULTS_FILE, PREDICTIONS_FILE, TABLE, RUN):
             (target / name).unlink(missing_ok=True)
         shutil.rmtree(target / WORK, ignore_errors=True)
     target.mkdir(parents=True, exist_ok=True)

@@ -22,11 +22,12 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from evaluation import systems
-from evaluation.checks import PREDICTIONS, RESULTS, TABLE, WORK, check_checkpoint, check_models, open_output, run_facts
+from evaluation.checks import TABLE, WORK, check_checkpoint, check_models, open_output, run_facts
 from evaluation.config import EvaluationConfig
 from evaluation.paper import paper_rows
 from evaluation.questions import END_TO_END, PRETRAINING, Question, dataset_files, file_facts, load_questions
 from evaluation.rankers import ranking
+from evaluation.report_data import PREDICTIONS_FILE, RESULTS_FILE, RESULTS_FORMAT
 from evaluation.results import add_paraphrase_scores, git_state, notes, prediction_line, versions
 from evaluation.runner import OutOfMemory, Runner
 from evaluation.scoring import figures, markdown_table
@@ -168,7 +169,7 @@ def measure(config: EvaluationConfig, state: PartialState, work: Work) -> None:
         add_paraphrase_scores(lines, config)
     resolved = {**asdict(config), **work.facts, "datasets": list(work.questions), "settings": config.settings}
     results = {
-        "format": 1,
+        "format": RESULTS_FORMAT,
         "suite": config.suite,
         "config": {**resolved, "systems": list(described), "dtype": str(dtype).removeprefix("torch.")},
         "versions": versions(),
@@ -183,16 +184,16 @@ def measure(config: EvaluationConfig, state: PartialState, work: Work) -> None:
         "figures": figures(lines, config.first_answer_only, config.seed),
         "notes": notes(config, lines, dtype, resumed),
     }
-    write_whole(target / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_whole(target / PREDICTIONS_FILE, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_whole(target / TABLE, markdown_table(results, paper_rows(config.suite, work.facts["compr_rate"])))
-    write_whole(target / RESULTS, json.dumps(results, indent=1, ensure_ascii=False))
+    write_whole(target / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False))
     shutil.rmtree(target / WORK)
 
 
 def tell(target: Path) -> None:
     """The closing lines: the table, where things are and what to type next."""
     print((target / TABLE).read_text(encoding="utf-8"))
-    print(f"figures  {target / RESULTS}\nanswers  {target / PREDICTIONS}\ntable    {target / TABLE}")
+    print(f"figures  {target / RESULTS_FILE}\nanswers  {target / PREDICTIONS_FILE}\ntable    {target / TABLE}")
     print(f"next: python -m evaluation.report {target}   (a page with tables, plots and every question)")
 
 
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
             work = prepare(config)
             open_output(config, run_facts(config, work.root, work.facts, work.data))
         state.wait_for_everyone()
-        if (target / RESULTS).is_file():
+        if (target / RESULTS_FILE).is_file():
             logger.info("%s is finished already; --overwrite measures again", target)
         else:
             measure(config, state, work if state.is_main_process else prepare(config))

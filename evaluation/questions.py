@@ -8,9 +8,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.scoring import PARAPHRASE
 from openrlhf.datasets.records import RecordError, file_rows
 
-NORMAL, ORACLE, PARAPHRASE = "normal", "oracle", "paraphrase"
+NORMAL, ORACLE = "normal", "oracle"
 END_TO_END, INSTRUCTION, PRETRAINING = "end_to_end", "instruction_tuning", "pretraining"
 
 

@@ -14,13 +14,14 @@ from evaluation.llmlingua import compress_texts
 from evaluation.questions import END_TO_END, PRETRAINING, Question
 from evaluation.rankers import bm25_scores, cross_encoder_scores, dense_scores, random_scores, ranking
 from evaluation.runner import CompressedDocuments, Runner
+from evaluation.scoring import SYSTEM
 from openrlhf.models.adapters import DECODER
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.models.prompts import CLOSED_BOOK_SYSTEM, CLOSED_BOOK_USER, PARAPHRASE
 from openrlhf.models.selection import select_documents
 from openrlhf.models.tokens import Prompt
 
-CLARA, CLOSED_BOOK, TEXT_RAG, ORACLE_TEXT, LLMLINGUA = "clara", "closed_book", "text_rag", "oracle_text", "llmlingua2"
+CLARA, CLOSED_BOOK, TEXT_RAG, ORACLE_TEXT, LLMLINGUA = SYSTEM, "closed_book", "text_rag", "oracle_text", "llmlingua2"
 RANDOM, BM25, DENSE, CROSS_ENCODER = "random", "bm25", "dense", "cross_encoder"
 
 
@@ -131,13 +132,20 @@ def clara(
         docs_MLD = documents[[doc for q in batch for doc in q.docs]].to(model.device)
         query_BE = model.encode_queries([q.question for q in batch])
         k, temperature = model.config.generation_top_k, model.config.topk_temperature
-        chosen_KLD, _, scores_BN = select_documents(query_BE, docs_MLD, counts_B, k, temperature)
+        chosen_KLD, topk_BK, scores_BN = select_documents(query_BE, docs_MLD, counts_B, k, temperature)
         texts, prompts = generate(batch, list(chosen_KLD.split(counts_B.clamp(max=k).tolist())))
         lines = []
         for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
-            scores = scores_BN[row, : counts_B[row]].tolist()
-            line = {"prediction": text, "selected": chosen(scores, k), "ranking": ranking(scores)}
-            lines.append({**line, "prompt_tokens": len(prompt.ids)})
+            scores, read = scores_BN[row, : counts_B[row]].tolist(), [i for i in topk_BK[row].tolist() if i >= 0]
+            lines.append(
+                {
+                    "prediction": text,
+                    "selected": [{"index": i, "score": round(scores[i], 6)} for i in read],
+                    # What was read comes first, also among candidates of equal score.
+                    "ranking": [*read, *(i for i in ranking(scores) if i not in read)],
+                    "prompt_tokens": len(prompt.ids),
+                }
+            )
         return lines
 
     def read(batch: list[Question]) -> list[dict]:
