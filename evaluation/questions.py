@@ -100,12 +100,15 @@ def load_questions(files: dict[str, Path], dataset: str, suite: str, max_questio
     rows = {setting: _rows(path, suite) for setting, path in files.items()}
     oracle = next(iter(files.values())).with_name(_ANSWERED[ORACLE])
     full = rows[ORACLE] if ORACLE in rows else _rows(oracle, suite) if oracle.is_file() else []
-    golds = {row["question"][0]: [row["docs"][i] for i in row["pos_index"]] for row in full}
+    golds = [[row["docs"][i] for i in row["pos_index"]] for row in full]
+    by_text = {row["question"][0]: gold for row, gold in zip(full, golds, strict=True)}
     questions = []
     for setting, read in rows.items():
         for number, row in enumerate(read[:max_questions]):
             text, positives = row["question"][0], row["pos_index"]
-            annotated = golds.get(text)
+            # The same line of the Oracle file where it asks the same, since a question may be asked twice.
+            same_line = number < len(full) and full[number]["question"][0] == text
+            annotated = golds[number] if same_line else by_text.get(text)
             relevant = len(positives) if setting == ORACLE else None if annotated is None else len(annotated)
             if relevant is not None and relevant < len(positives):
                 raise RecordError(

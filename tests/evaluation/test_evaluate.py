@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation import evaluate, runner
 from evaluation.metrics import best_over_golds, cover_exact_match_score, f1_score
+from evaluation.questions import load_questions
 from openrlhf.models.modeling_clara import CLaRa
 
 ROOT = Path(__file__).parents[2]
@@ -355,6 +356,19 @@ def test_files_of_different_questions_are_refused(no_model, stage2, eval_data, t
         row["pos_index"] = []
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert "do not belong together" in refused(flags(stage2, data, tmp_path / "out"), capsys)
+
+
+def test_a_question_that_is_asked_twice_keeps_its_own_gold_passages(tmp_path):
+    for name, positives in (
+        ("eval_processed_with_pos.jsonl", ([0, 1], [2])),
+        ("eval_processed_no_pos.jsonl", ([0], [])),
+    ):
+        rows = [{"question": "Who?", "docs": ["a", "b", "c"], "answer": "x", "pos_index": found} for found in positives]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    files = {"normal": tmp_path / "eval_processed_no_pos.jsonl"}
+    first, second = load_questions(files, "twice", "end_to_end", None)
+    assert (first.relevant, first.oracle_docs) == (2, ("a", "b"))
+    assert (second.relevant, second.oracle_docs) == (1, ("c",))
 
 
 def test_another_results_directory_of_the_users_is_left_alone(no_model, stage2, eval_data, tmp_path, capsys):
