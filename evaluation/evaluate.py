@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     # Processes wait for the slowest, however long that takes.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
     set_up_logging(state.process_index)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    # A filter, since the library sets its level when it is imported.
+    logging.getLogger("bm25s").addFilter(lambda record: record.levelno >= logging.WARNING)
     target = Path(config.output_dir)
     try:
         if state.is_main_process:  # alone, so that an error is said once
