@@ -38,5 +38,5 @@ PRETRAIN_CHECKPOINT="$CHECKPOINT_ROOT/stage1_2" \
     --eval_dataset "$EVAL_DATA/end_to_end_evaluation/example/eval_processed_with_pos.jsonl"
 
 say "what was learned"
-"$PYTHON" scripts/quickstart_report.py --root "$CHECKPOINT_ROOT" --base "$MODEL_PATH" \
+"$PYTHON" scripts/quickstart_report.py --root "$CHECKPOINT_ROOT" \
     --questions "$EVAL_DATA/end_to_end_evaluation/example/eval_processed_with_pos.jsonl"

@@ -1,6 +1,6 @@
 """What the quickstart prints and draws: losses, recall, and answers beside the base model reading the full text.
 
-    python scripts/quickstart_report.py --root checkpoints/quickstart --base .models/SmolLM2-135M-Instruct \
+    python scripts/quickstart_report.py --root checkpoints/quickstart \
         --questions example/evaluation_data/end_to_end_evaluation/example/eval_processed_with_pos.jsonl
 """
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation.metrics import best_over_golds, cover_exact_match_score
 from openrlhf.datasets.records import load_records
@@ -67,26 +66,7 @@ def print_recall(rows: list[dict]) -> None:
         print(f"  Recall@{k}  {before[f'recall_{k}']:.3f} → {after[f'recall_{k}']:.3f}")
 
 
-@torch.no_grad()
-def read_full_text(
-    base: str, dtype: torch.dtype, prompts: dict, questions: list[str], documents: list[list[str]]
-) -> list[str]:
-    """The base model's own answers, given the documents as text in the same prompt."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    answers = []
-    for question, docs in zip(questions, documents, strict=True):
-        user = prompts["answer_user"].replace("{docs}", "\n\n".join(docs)).replace("{query}", question)
-        turns = [{"role": "system", "content": prompts["answer_system"]}, {"role": "user", "content": user}]
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        inputs = inputs.to(model.device)
-        output = model.generate(**inputs, max_new_tokens=32, do_sample=False)
-        answers.append(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    return answers
-
-
-def print_answers(root: Path, base: str, questions: Path, count: int) -> None:
+def print_answers(root: Path, questions: Path, count: int) -> None:
     """Held-out questions with CLaRa's answer and the base model's, and how often each contains the gold answer."""
     rows = list(load_records(str(questions), "stage2", max_samples=count))
     asked, pools, golds = [r["question"][0] for r in rows], [r["docs"] for r in rows], [r["golden"] for r in rows]
@@ -97,9 +77,8 @@ def print_answers(root: Path, base: str, questions: Path, count: int) -> None:
     answers, chosen = model.generate_from_questions(asked, pools, max_new_tokens=32)
     selected = [[pool[i] for i in row if i >= 0] for pool, row in zip(pools, chosen.tolist(), strict=True)]
     n_memory, k = model.config.n_memory_tokens, model.config.generation_top_k
-    prompts = model.config.prompts
-    del model
-    plain = read_full_text(base, dtype, prompts, asked, selected)
+    prompts = [model.text_prompt(question, docs) for question, docs in zip(asked, selected, strict=True)]
+    plain = model.generate_from_prompts(prompts, max_new_tokens=32, adapter=None)
     print(f"\n{len(rows)} held-out questions; CLaRa reads {k} documents as {k * n_memory} vectors,")
     print("the base model reads the text of the same documents:")
     for i, question in enumerate(asked):
@@ -115,7 +94,6 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, required=True, help="holds stage1, stage1_2 and stage2")
-    parser.add_argument("--base", required=True, help="base model")
     parser.add_argument("--questions", type=Path, required=True, help="held-out end-to-end questions")
     parser.add_argument("--count", type=int, default=8, help="questions to answer")
     args = parser.parse_args()
@@ -125,7 +103,7 @@ def main() -> None:
     print_losses(training)
     draw_losses(training, args.root / "losses.png")
     print_recall([row for row in metrics["stage2"] if row["split"] == "eval"])
-    print_answers(args.root, args.base, args.questions, args.count)
+    print_answers(args.root, args.questions, args.count)
     last = {stage: rows[-1]["step"] for stage, rows in training.items()}
     print(NEXT.format(root=args.root, steps=" + ".join(str(step) for step in last.values())))
 
