@@ -8,6 +8,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.paper import PAPER_DATASETS
 from evaluation.scoring import PARAPHRASE
 from openrlhf.datasets.records import RecordError, file_rows
 
@@ -56,7 +57,7 @@ def dataset_files(eval_data: str, suite: str, datasets: list[str], settings: lis
     """The file of every data set and setting asked for: {dataset: {setting: path}}.
 
     Args:
-        datasets: names, or none for all that are there.
+        datasets: names, or none for all that are there, in the order of the paper's tables.
 
     Raises:
         FileNotFoundError: EVAL_DATA, or a file of a data set, is missing.
@@ -70,6 +71,7 @@ def dataset_files(eval_data: str, suite: str, datasets: list[str], settings: lis
     places = [root / folder for folder in spec.folders if (root / folder).is_dir()] or [root]
     base = places[0]
     there = sorted(p.name for p in base.iterdir() if any((p / file).is_file() for file in spec.files.values()))
+    there.sort(key=lambda name: PAPER_DATASETS.index(name) if name in PAPER_DATASETS else len(PAPER_DATASETS))
     if not there:
         layout = f"{spec.folders[0]}/DATASET/{next(iter(spec.files.values()))}"
         raise FileNotFoundError(f"EVAL_DATA: {root} holds no data set of this suite; it should have {layout}")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation import evaluate, runner
 from evaluation.metrics import best_over_golds, cover_exact_match_score, f1_score
-from evaluation.questions import load_questions
+from evaluation.questions import dataset_files, load_questions
 from openrlhf.models.modeling_clara import CLaRa
 
 ROOT = Path(__file__).parents[2]
@@ -356,6 +356,14 @@ def test_files_of_different_questions_are_refused(no_model, stage2, eval_data, t
         row["pos_index"] = []
     file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     assert "do not belong together" in refused(flags(stage2, data, tmp_path / "out"), capsys)
+
+
+def test_data_sets_come_in_the_order_of_the_papers_tables(tmp_path):
+    for name in ("2wiki", "nq", "mine", "hotpotqa"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval_processed_no_pos.jsonl").touch()
+    found = dataset_files(str(tmp_path), "end_to_end", [], ["normal"])
+    assert list(found) == ["nq", "hotpotqa", "2wiki", "mine"]
 
 
 def test_a_question_that_is_asked_twice_keeps_its_own_gold_passages(tmp_path):
