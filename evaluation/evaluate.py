@@ -151,7 +151,7 @@ def prepare(config: EvaluationConfig) -> Work:
 def measure(config: EvaluationConfig, state: PartialState, work: Work) -> None:
     """Answers, scores and writes everything."""
     started, start = datetime.now(timezone.utc).isoformat(timespec="seconds"), time.perf_counter()
-    target = Path(config.output_dir)
+    target, commit = Path(config.output_dir), git_state()  # now: the clone may move on while this runs
     resumed = (target / WORK).is_dir()
     model = load(config, work, state.device)
     lines: list[dict] = []
@@ -173,7 +173,7 @@ def measure(config: EvaluationConfig, state: PartialState, work: Work) -> None:
         "suite": config.suite,
         "config": {**resolved, "systems": list(described), "dtype": str(dtype).removeprefix("torch.")},
         "versions": versions(),
-        "git": git_state(),
+        "git": commit,
         "command": shlex.join(["python", "-m", "evaluation.evaluate", *sys.argv[1:]]),
         "started": started,
         "seconds": round(time.perf_counter() - start, 1),
