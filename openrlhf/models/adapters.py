@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .lora import use_own_forward
+
 ENCODER, DECODER, QUERY = "encoder_adapter", "decoder_adapter", "query_reasoner_adapter"
 ADAPTERS = (ENCODER, DECODER, QUERY)
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -94,6 +96,7 @@ def add_adapter(decoder: nn.Module, name: str, rank: int, base_name: str) -> Non
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the design
         inject_adapter_in_model(config, decoder, adapter_name=name)
+    use_own_forward(decoder)
 
 
 def adapter_state(decoder: nn.Module, name: str) -> dict[str, nn.Parameter]:

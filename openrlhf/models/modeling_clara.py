@@ -9,7 +9,10 @@ L memory tokens, T text tokens, D hidden size, E = L·D, V vocabulary, S added t
 """
 
 import functools
+import itertools
 import logging
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +35,8 @@ from .adapters import (
 from .checkpoint import load_decoder, load_pretrained, save_pretrained
 from .configuration_clara import STAGES, CLaRaConfig
 from .document_cache import DocumentCache
+from .generation import greedy, new_cache, read, repeat_cache
+from .lora import LoraLinear
 from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE
 from .selection import select_documents
 from .tokens import ClaraTokens, Prompt
@@ -46,6 +51,8 @@ STAGE_TRAINS: dict[str, tuple[tuple[str, ...], bool]] = {
     "stage2_pretrain_retrieval": ((QUERY,), False),
 }
 INFERENCE_BATCH = 32
+# Beyond this a CPU gains nothing from larger batches, and loses its caches.
+CPU_TOKENS = 1024
 
 
 def inference(method: Callable) -> Callable:
@@ -166,13 +173,38 @@ class CLaRa(PreTrainedModel):
 
     def reset_adapter(self, name: str) -> None:
         """Starts an adapter afresh (B zero: a no-op until trained)."""
+        self.unmerge_adapters()
         for layer in self.router.layers:
             layer.reset_lora_parameters(name, init_lora_weights=True)
+
+    @torch.no_grad()
+    def merge_adapter(self, name: str) -> None:
+        """Adds an adapter to a copy of the base's weights, which its passes then use: for answering or compressing
+        much with weights that stay as they are.
+
+        Takes the memory of the linear layers once more. In float32 results change by rounding; in bfloat16 the sum is
+        rounded to the base's precision, and a small update is partly lost: compare before you rely on it.
+
+        Raises:
+            ValueError: there is no such adapter, or the base model is quantised.
+        """
+        self.router.check(name)
+        if not all(isinstance(layer, LoraLinear) for layer in self.router.layers):
+            raise ValueError("a quantised base model cannot take an adapter in: load it without quantization")
+        for layer in self.router.layers:
+            layer.merge_weights(name)
+
+    def unmerge_adapters(self) -> None:
+        """Drops what `merge_adapter` made."""
+        for layer in self.router.layers:
+            if isinstance(layer, LoraLinear):
+                layer.merged_weights = {}
 
     def train_stage(self, stage: str, freeze_query_reasoner: bool = False) -> None:
         """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings."""
         adapters, memory = STAGE_TRAINS[stage]
         self.document_cache = None
+        self.unmerge_adapters()
         for name in adapters:
             self.router.check(name)
         learning = [name for name in adapters if not (freeze_query_reasoner and name == QUERY)]
@@ -351,12 +383,23 @@ class CLaRa(PreTrainedModel):
         width = self.decoder.config.hidden_size
         vectors_NLD = torch.empty(len(rows), self.config.n_memory_tokens, width, dtype=self.dtype, device=self.device)
         squared = torch.zeros((), device=self.device)
-        for start in range(0, len(order), self.inference_batch):
-            chosen = order[start : start + self.inference_batch]
+        for chosen in self._batches(order, [len(row) + self.config.n_memory_tokens for row in rows]):
             ids, mask = self.tokens.encoder_batch([rows[i] for i in chosen])
             vectors_NLD[chosen], mse_M = self.compress(ids.to(self.device), mask.to(self.device), adapter)
             squared += mse_M.sum()
         return vectors_NLD, squared / max(len(rows), 1)
+
+    def _batches(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
+        """Cuts `order`, from short to long, into batches of `inference_batch` at most, on a CPU also of `CPU_TOKENS`."""
+        tokens = CPU_TOKENS if self.device.type == "cpu" else math.inf
+        batch: list[int] = []
+        for i in order:
+            if batch and (len(batch) == self.inference_batch or (len(batch) + 1) * lengths[i] > tokens):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
 
     @inference
     def compress_documents(self, documents: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -486,27 +529,35 @@ class CLaRa(PreTrainedModel):
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the base model's {limit}: "
                 "give fewer documents or lower max_new_tokens"
             )
-        options = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=self.tokens.pad_id,
-            eos_token_id=self._stop_ids(),
-        )
+        stop_ids = self._stop_ids()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         texts = [""] * len(prompts)
-        for start in range(0, len(order), self.inference_batch):
-            chosen = order[start : start + self.inference_batch]
-            ids, mask = self.tokens.pad_left([prompts[i].ids for i in chosen])
-            counts = torch.tensor([len(docs[i]) for i in chosen])
-            embeds_BTD = self.place(ids.to(self.device), torch.cat([docs[i] for i in chosen]), counts)
-            with self.router.route(adapter):
-                new_BT = self.decoder.generate(
-                    inputs_embeds=embeds_BTD, attention_mask=mask.to(self.device), generation_config=options
-                )
-            decoded = self.tokens.tokenizer.batch_decode(new_BT, skip_special_tokens=True)
-            for i, text in zip(chosen, decoded, strict=True):
-                texts[i] = text.strip()
+        with self.router.route(adapter):
+            start_ids = self._shared_start(prompts)
+            start = new_cache(self.decoder.config)
+            if start_ids:
+                ids_1T = torch.tensor([start_ids], device=self.device)
+                read(self.decoder, self.embed(ids_1T), torch.ones_like(ids_1T), start)
+            for first in range(0, len(order), self.inference_batch):
+                chosen = order[first : first + self.inference_batch]
+                ids, mask = self.tokens.pad_left([prompts[i].ids[len(start_ids) :] for i in chosen])
+                mask = torch.cat([mask.new_ones(len(chosen), len(start_ids)), mask], dim=1).to(self.device)
+                counts = torch.tensor([len(docs[i]) for i in chosen])
+                embeds_BTD = self.place(ids.to(self.device), torch.cat([docs[i] for i in chosen]), counts)
+                cache = repeat_cache(start, len(chosen))
+                new = greedy(self.decoder, self.embed, embeds_BTD, mask, cache, stop_ids, max_new_tokens)
+                decoded = self.tokens.tokenizer.batch_decode(new, skip_special_tokens=True)
+                for i, text in zip(chosen, decoded, strict=True):
+                    texts[i] = text.strip()
         return texts
+
+    def _shared_start(self, prompts: list[Prompt]) -> list[int]:
+        """Ids that several prompts begin with, before any document and shorter than each of them."""
+        if len(prompts) < 2:
+            return []
+        shared = os.path.commonprefix([prompt.ids[:-1] for prompt in prompts])
+        memory = set(self.tokens.memory_ids)
+        return list(itertools.takewhile(lambda token: token not in memory, shared))
 
     def _stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's and the base model's own, and the chat template's end of turn."""

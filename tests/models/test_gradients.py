@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from openrlhf.models.lora import keep_mask
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa
 from openrlhf.models.selection import select_documents
 from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model, set_dropout
@@ -118,6 +119,24 @@ def test_the_stock_way_to_switch_checkpointing_on_is_the_safe_one(mistral):
     assert all(torch.equal(checkpointed[name], grad) for name, grad in plain.items())
 
 
+class PlainDropout(torch.nn.Module):
+    """Dropout as PEFT's own layers apply it, with the masks that ours draw."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = round(p * 2**16) / 2**16
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * keep_mask(x, self.p) / (1 - self.p) if self.p and self.training else x
+
+
+def use_plain_dropout(model: torch.nn.Module, p: float) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleDict) and "default" in module:
+            if isinstance(module["default"], (torch.nn.Dropout, torch.nn.Identity)):
+                module["default"] = PlainDropout(p)
+
+
 def peft_alone(base, directory) -> PeftModel:
     """One saved adapter on its own copy of the base model, trainable, nothing of ours in it."""
     decoder = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
@@ -139,8 +158,9 @@ def test_gradients_equal_those_of_separate_models(mistral, tmp_path, stage, drop
     model = new_model(mistral, dtype=torch.float64)
     model.save_pretrained(tmp_path)
     alone = {name: peft_alone(mistral, tmp_path / name) for name in ADAPTERS}
-    for module in (model, *alone.values()):
-        set_dropout(module, dropout)
+    set_dropout(model, dropout)
+    for separate in alone.values():
+        use_plain_dropout(separate, dropout)
     model.train_stage(stage)
     model.train()
     if checkpointing:

@@ -1,0 +1,119 @@
+"""Greedy decoding over embeddings: prompts in, new token ids out. Knows nothing about text, documents or adapters.
+
+Differs from transformers' `generate` where that costs time: the start that all prompts share goes through the model once,
+keys and values are written into room kept for them instead of being copied for every token, and rows that have ended
+leave the batch.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64
+"""Tokens that a cache grows by."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values `[B, heads, T, D]` of one layer, the first T places of a buffer that is longer."""
+
+    _room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any):
+        """Appends, and returns all keys and values."""
+        start = self.get_seq_length()
+        if start == 0:
+            return super().update(key_states, value_states, *args, **kwargs)
+        end = start + key_states.shape[-2]
+        if self._room is None or end > self._room[0].shape[-2]:
+            self._room = (self._with_room(self.keys, end), self._with_room(self.values, end))
+        for buffer, states in zip(self._room, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = states
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows of the batch."""
+        super().batch_select_indices(indices)
+        self._room = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times."""
+        super().batch_repeat_interleave(repeats)
+        self._room = None
+
+    @staticmethod
+    def _with_room(states: Any, end: int) -> torch.Tensor:
+        batch, heads, length, width = states.shape
+        buffer = states.new_empty(batch, heads, end + ROOM, width)
+        buffer[:, :, :length] = states
+        return buffer
+
+
+def new_cache(config: Any) -> DynamicCache:
+    """An empty cache; layers of another kind than plain attention stay as transformers makes them."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def read(decoder: Any, embeds_BTD: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """Appends T embeddings to the cache; the last hidden state `[B, D]`. The mask covers the cache and them."""
+    position_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -embeds_BTD.shape[1] :]
+    return decoder.base_model(
+        inputs_embeds=embeds_BTD,
+        attention_mask=mask_BT,
+        position_ids=position_BT,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state[:, -1]
+
+
+def repeat_cache(cache: DynamicCache, batch: int) -> DynamicCache:
+    """A copy of a cache of one row for `batch` rows; the original stays as it is."""
+    repeated = copy.deepcopy(cache)
+    repeated.batch_repeat_interleave(batch)
+    return repeated
+
+
+def greedy(
+    decoder: Any,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    embeds_BTD: torch.Tensor,
+    mask_BT: torch.Tensor,
+    cache: DynamicCache,
+    stop_ids: list[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The most likely token after another, until one of `stop_ids` (left out) or `max_new_tokens`.
+
+    Args:
+        decoder: a causal LM.
+        embed: ids `[B, 1]` → embeddings `[B, 1, D]`.
+        embeds_BTD: what is to be read before the first new token, after what the cache holds.
+        mask_BT: int64, over the cache and `embeds_BTD`; padding is 0.
+        cache: from `new_cache` or `repeat_cache`; is used up.
+    """
+    written: list[list[int]] = [[] for _ in range(len(embeds_BTD))]
+    open_rows = list(range(len(written)))  # of each row in the batch; those that have ended may still be among them
+    ended: set[int] = set()
+    for step in range(max_new_tokens):
+        token_B = decoder.get_output_embeddings()(read(decoder, embeds_BTD, mask_BT, cache)).argmax(-1)
+        for row, token in zip(open_rows, token_B.tolist(), strict=True):
+            if token in stop_ids:
+                ended.add(row)
+            elif row not in ended:
+                written[row].append(token)
+        kept = [i for i, row in enumerate(open_rows) if row not in ended]
+        if not kept or step == max_new_tokens - 1:
+            break
+        if len(kept) <= len(open_rows) // 2:  # a copy of the cache, at most log2(B) times
+            chosen = torch.tensor(kept, device=token_B.device)
+            cache.batch_select_indices(chosen)
+            token_B, mask_BT, open_rows = token_B[chosen], mask_BT[chosen], [open_rows[i] for i in kept]
+        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
+        embeds_BTD = embed(token_B.unsqueeze(1))
+    return written
