@@ -1,4 +1,4 @@
-"""What all benchmarks share: models, documents of real lengths, timing in turn, tables, and JSON with its circumstances."""
+"""What all benchmarks share: models, documents of real lengths, timing in turn, tables, JSON with its circumstances."""
 
 import argparse
 import importlib.metadata
@@ -24,7 +24,8 @@ from openrlhf.models.modeling_clara import CLaRa, CLaRaConfig
 from openrlhf.models.prompts import DEFAULT_PROMPTS
 from openrlhf.utils.logging import write_whole
 
-SHAPES = {"mistral-7b": MistralConfig}  # the defaults of this class are Mistral-7B's sizes
+# The other defaults of this class are Mistral-7B's sizes; version 0.2 attends to all that came before.
+SHAPES = {"mistral-7b": {"sliding_window": None, "max_position_embeddings": 32768}}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -32,13 +33,17 @@ def parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     """A parser with the flags of every benchmark; `name` is that of its JSON file."""
     lines = (doc or "").strip().split("\n")
     made = argparse.ArgumentParser(description=lines[0], allow_abbrev=False)
-    made.add_argument("--base", default=".models/SmolLM2-135M-Instruct", help="base model, and the tokenizer of --shape")
+    made.add_argument(
+        "--base", default=".models/SmolLM2-135M-Instruct", help="base model, and the tokenizer of --shape"
+    )
     made.add_argument("--shape", choices=sorted(SHAPES), help="random weights of this shape in place of --base's")
     made.add_argument("--layers", type=int, help="of --shape: only so many layers")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     made.add_argument("--rounds", type=int, default=5, help="timed runs of each way, in turn, after one that warms up")
-    made.add_argument("--out", type=Path, help=f"JSON file (default: benchmarks/results/{name}_DEVICE_MODEL_DTYPE.json)")
+    made.add_argument(
+        "--out", type=Path, help=f"JSON file (default: benchmarks/results/{name}_DEVICE_MODEL_DTYPE.json)"
+    )
     made.set_defaults(benchmark=name)
     return made
 
@@ -50,7 +55,7 @@ def load_model(args: argparse.Namespace, corpus: Sequence[str], stage: str = "st
     config = CLaRaConfig(decoder_model_name=args.base, prompts=DEFAULT_PROMPTS, **settings)
     dtype, device = getattr(torch, args.dtype), torch.device(args.device)
     if args.shape:
-        shape = SHAPES[args.shape](**({"num_hidden_layers": args.layers} if args.layers else {}))
+        shape = MistralConfig(**SHAPES[args.shape], **({"num_hidden_layers": args.layers} if args.layers else {}))
         tokenizer = AutoTokenizer.from_pretrained(args.base)
         tokenizer = tokenizer.train_new_from_iterator(corpus, shape.vocab_size, show_progress=False)
         with device:
@@ -94,7 +99,7 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def in_turn(ways: dict[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each way, run one after the other so that a drifting machine hits all alike; the first round warms up."""
+    """Seconds of each way, run in turn so that a drifting machine hits all alike; the first round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, run in ways.items():
@@ -112,7 +117,7 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
 def check_close(ours: torch.Tensor, other: torch.Tensor, what: str, dtype: str) -> float:
     """The relative difference ‖ours − other‖ / ‖other‖; ends the program where it is more than rounding."""
     difference = float((ours.double() - other.double()).norm() / other.double().norm())
-    limit = {"float32": 1e-4, "bfloat16": 5e-2}[dtype]
+    limit = {"float32": 1e-3, "bfloat16": 5e-2}[dtype]
     if not difference <= limit:
         raise SystemExit(f"{what} of the two ways differ by {difference:.1e} (limit {limit:.0e}): nothing was timed")
     return difference
@@ -161,7 +166,9 @@ def work(model: CLaRa) -> Work:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells, the first of them the heading, as a Markdown table."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

@@ -3,17 +3,27 @@
     python benchmarks/compress.py [--data example/pretrain_data.jsonl] [--documents 64] [--batch 64] [--dtype float32]
     python benchmarks/compress.py --shape mistral-7b --device cuda --documents 512
 
-The ceiling is what the ratio would be if a second did as many operations either way: the public way's, over those of the
-attended tokens alone, without LM head and adapter. The rate of plain matrix products on this machine says how much
+The ceiling is what the ratio would be if a second did as many operations either way: the public way's, over those of
+the attended tokens alone, without LM head and adapter. The rate of plain matrix products on this machine says how much
 of it the attended tokens' operations use.
 """
 
 import statistics
 
-import torch
-from benchmarks import public_way
-from benchmarks.common import check_close, finish, in_turn, load_model, matrix_rate, parser, ratio, read_documents
-from benchmarks.common import spread, work
+import public_way
+from common import (
+    check_close,
+    finish,
+    in_turn,
+    load_model,
+    matrix_rate,
+    parser,
+    ratio,
+    read_documents,
+    spread,
+    work,
+)
+
 from openrlhf.models.adapters import ENCODER
 
 
@@ -50,7 +60,7 @@ def main() -> None:
         rows.append([name, spread([len(documents) / s for s in taken]), f"{gains[name]:.2f}", share, f"{used:.0%}"])
     rows.append(["ceiling", "", f"{most / least:.2f}", "", ""])
     print(
-        f"{len(documents)} documents of {statistics.mean(lengths) - n_memory:.0f} tokens on average, padded to {limit}; "
+        f"{len(documents)} documents of {statistics.mean(lengths) - n_memory:.0f} tokens (mean), padded to {limit}; "
         f"matrix products {peak / 1e12:.2f} TFLOP/s; relative difference of the vectors {difference:.1e}"
     )
     result = {"seconds": seconds, "ratio": gains, "ceiling": most / least, "difference": difference}

@@ -85,7 +85,7 @@ def place(model: CLaRa, ids_BT: torch.Tensor, docs_KLD: torch.Tensor, counts: li
     return torch.stack(rows)
 
 
-def loss(model: CLaRa, batch: dict) -> tuple[torch.Tensor, dict]:
+def loss(model: CLaRa, batch: dict, query_tokens: int = QUERY_TOKENS) -> tuple[torch.Tensor, dict]:
     """What `CLaRa.forward` returns of a batch of stage1, stage1_2 or stage2."""
     counts_B = batch["docs_per_question"]
     with stock_layers(model):
@@ -93,7 +93,7 @@ def loss(model: CLaRa, batch: dict) -> tuple[torch.Tensor, dict]:
             with torch.no_grad(), model.frozen():
                 docs_MLD, mse_M = compress_ids(model, batch["enc_input_ids"], batch["enc_attention_mask"])
             query = (batch["query_input_ids"], batch["query_attention_mask"])
-            query_BLD, _ = compress_ids(model, *query, adapter=QUERY, text=QUERY_TOKENS)
+            query_BLD, _ = compress_ids(model, *query, adapter=QUERY, text=query_tokens)
             k, temperature = model.config.generation_top_k, model.config.topk_temperature
             docs_MLD, _, _ = select_documents(query_BLD.flatten(1), docs_MLD, counts_B, k, temperature)
             counts_B = counts_B.clamp(max=k)
@@ -102,12 +102,13 @@ def loss(model: CLaRa, batch: dict) -> tuple[torch.Tensor, dict]:
         embeds_BTD = place(model, batch["dec_input_ids"], docs_MLD, counts_B.tolist())
         mask_BT = batch["dec_attention_mask"]
         with model.router.route(DECODER):
-            logits_BTV = model.decoder(
+            output = model.decoder.base_model(
                 inputs_embeds=embeds_BTD,
                 attention_mask=mask_BT,
                 position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
                 output_hidden_states=True,
                 use_cache=False,
-            ).logits
+            )
+            logits_BTV = model.head(output.last_hidden_state)  # with the rows of the added tokens, as ours
     entropy = F.cross_entropy(logits_BTV[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
     return entropy, {"mse_loss": mse_M.mean(), "logits": logits_BTV}

@@ -2,6 +2,7 @@
 again in other questions, epochs and evaluations. Knows nothing about stages; whoever makes a cache vouches for that.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ LIMIT_BYTES = 4 * 2**30
 
 
 class DocumentCache:
-    """Memory vectors by the documents' token ids, held on the CPU.
+    """Memory vectors by the hash of the documents' token ids, held on the CPU.
 
     On a CPU documents are compressed one at a time: batches gain little there, and a document's vectors then depend on
     nothing else, so that a resumed run, which starts with an empty cache, is equal bit for bit. On CUDA all that are
@@ -28,7 +29,8 @@ class DocumentCache:
     def __call__(self, ids_MT: torch.Tensor, mask_MT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What `compress` returns, `[M, L, D]` and `[M]`, computed only for documents not seen before."""
         lengths = mask_MT.sum(1).tolist()
-        keys = [row[len(row) - n :].numpy().tobytes() for row, n in zip(ids_MT.cpu(), lengths, strict=True)]
+        rows_MT = ids_MT.cpu().numpy()
+        keys = [hashlib.sha256(row[len(row) - n :].tobytes()).digest() for row, n in zip(rows_MT, lengths, strict=True)]
         missing = list({key: i for i, key in enumerate(keys) if key not in self.stored}.values())
         fresh: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
         together = 1 if ids_MT.device.type == "cpu" else max(len(missing), 1)

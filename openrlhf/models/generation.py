@@ -1,8 +1,8 @@
 """Greedy decoding over embeddings: prompts in, new token ids out. Knows nothing about text, documents or adapters.
 
-Differs from transformers' `generate` where that costs time: the start that all prompts share goes through the model once,
-keys and values are written into room kept for them instead of being copied for every token, and rows that have ended
-leave the batch.
+Differs from transformers' `generate` where that costs time: the start that all prompts share goes through the model
+once, keys and values are written into room kept for them instead of being copied for every token, and rows that have
+ended leave the batch.
 """
 
 import copy

@@ -64,6 +64,7 @@ class LoraLinear(Linear):
     the place of base and update where they are given; the weights of the base stay as they are.
     """
 
+    base_layer: Any
     merged_weights: dict[str, torch.Tensor]
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -74,16 +75,20 @@ class LoraLinear(Linear):
         y = self.base_layer(x)
         if name is None or self.disable_adapters:
             return y
-        a_RD, b_OR, scale = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+        a_RD, b_OR, scale = self._weights(name)
         if not torch.is_grad_enabled():
             y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ a_RD.t(), b_OR.t(), alpha=scale)
             return y
         p = round(getattr(self.lora_dropout[name], "p", 0.0) * _LEVELS) / _LEVELS if self.training else 0.0
         return _LowRankUpdate.apply(x, y, a_RD, b_OR, scale / (1 - p), keep_mask(x, p) if p else None)
 
+    def _weights(self, name: str) -> tuple[Any, Any, float]:
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+
     def merge_weights(self, name: str) -> None:
         """Keeps W + s·B·A, added in float32 and rounded once to the base's dtype, beside W."""
-        update_OD = self.lora_B[name].weight.float() @ self.lora_A[name].weight.float() * self.scaling[name]
+        a_RD, b_OR, scale = self._weights(name)
+        update_OD = b_OR.float() @ a_RD.float() * scale
         base_OD = self.base_layer.weight
         self.merged_weights[name] = (base_OD.float() + update_OD).to(base_OD.dtype)
 
@@ -93,4 +98,4 @@ def use_own_forward(decoder: nn.Module) -> None:
     for layer in decoder.modules():
         if type(layer) is Linear:
             layer.__class__ = LoraLinear
-            layer.merged_weights = {}
+            layer.__dict__["merged_weights"] = {}

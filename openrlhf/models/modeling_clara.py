@@ -390,7 +390,7 @@ class CLaRa(PreTrainedModel):
         return vectors_NLD, squared / max(len(rows), 1)
 
     def _batches(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
-        """Cuts `order`, from short to long, into batches of `inference_batch` at most, on a CPU also of `CPU_TOKENS`."""
+        """Cuts `order`, from short to long, into batches of `inference_batch`, on a CPU of fewer (`CPU_TOKENS`)."""
         tokens = CPU_TOKENS if self.device.type == "cpu" else math.inf
         batch: list[int] = []
         for i in order:

@@ -132,9 +132,10 @@ class PlainDropout(torch.nn.Module):
 
 def use_plain_dropout(model: torch.nn.Module, p: float) -> None:
     for module in model.modules():
-        if isinstance(module, torch.nn.ModuleDict) and "default" in module:
-            if isinstance(module["default"], (torch.nn.Dropout, torch.nn.Identity)):
-                module["default"] = PlainDropout(p)
+        if isinstance(module, torch.nn.ModuleDict) and isinstance(
+            next(iter(module.values()), None), (torch.nn.Dropout, torch.nn.Identity)
+        ):
+            module["default"] = PlainDropout(p)
 
 
 def peft_alone(base, directory) -> PeftModel:
