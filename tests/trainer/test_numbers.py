@@ -42,7 +42,7 @@ def trained(arguments: list[str], steps: int) -> dict:
         return update()
 
     trainer.engine.step = step
-    lines = [trainer.train_step(number) for number in range(steps)]
+    lines = [trainer.train_step(number, lambda n=number: trainer.batches(n)) for number in range(steps)]
     last = {n: p.detach().clone() for n, p in learning.items()}
     return {"lines": lines, "gradients": gradients[0], "passes": len(passes), "weights": last}
 
@@ -175,7 +175,7 @@ def hand_made_step() -> tuple[dict, list]:
     settings = config(flags(ROOT / "none", "stage1", BASE_MODEL, **options))
     trainer = SFTTrainer(engine, settings, data, collated, torch.device("cpu"), None)
     trainer.plan = type("Plan", (), {"global_batch": lambda *_: (0, [0, 1]), "steps_per_epoch": 1, "share": shares})()
-    return trainer.train_step(0), engine.objectives
+    return trainer.train_step(0, lambda: trainer.batches(0)), engine.objectives
 
 
 def shares(_, indices: list[int], *__) -> list:
