@@ -69,11 +69,12 @@ class LoraLinear(Linear):
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """`[..., D]` → `[..., O]` through the base layer and the active adapter, none or one."""
-        name = next((name for name in self.active_adapters if name in self.lora_A), None)
+        known = (name for name in self.active_adapters if name in self.lora_A)
+        name = None if self.disable_adapters else next(known, None)
         if name in self.merged_weights:
             return F.linear(x, self.merged_weights[name], self.base_layer.bias)
         y = self.base_layer(x)
-        if name is None or self.disable_adapters:
+        if name is None:
             return y
         a_RD, b_OR, scale = self._weights(name)
         if not torch.is_grad_enabled():

@@ -38,7 +38,7 @@ from .document_cache import DocumentCache
 from .generation import greedy, new_cache, read, repeat_cache
 from .lora import LoraLinear
 from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE
-from .selection import select_documents
+from .selection import retrieval_loss, select_documents
 from .tokens import ClaraTokens, Prompt
 
 logger = logging.getLogger(__name__)
@@ -334,7 +334,8 @@ class CLaRa(PreTrainedModel):
             )
         out["mse_loss"] = mse_M.mean()
         if stage == "stage2_pretrain_retrieval":
-            return self._retrieval_loss(out["scores"], batch["pos_index"], counts_B), out
+            temperature = self.config.topk_temperature
+            return retrieval_loss(out["scores"], batch["pos_index"], counts_B, temperature), out
         used_B = counts_B if out["topk_idx"] is None else counts_B.clamp(max=self.config.generation_top_k)
         embeds_BTD = self.place(batch["dec_input_ids"], docs_MLD, used_B)
         hidden_BTD = self.hidden(DECODER, embeds_BTD, batch["dec_attention_mask"])
@@ -359,20 +360,6 @@ class CLaRa(PreTrainedModel):
         if len(counts_B) != n_questions or int(counts_B.sum()) != n_docs or int(counts_B.min()) < 1:
             raise ValueError(f"docs_per_question {counts_B.tolist()} must be ≥ 1 and add up to {n_docs} documents")
         return counts_B
-
-    def _retrieval_loss(
-        self, scores_BN: torch.Tensor, positives: list[list[int]], counts_B: torch.Tensor
-    ) -> torch.Tensor:
-        """Supervised retrieval: −log Σ_{n positive} softmax(s/τ)_n, averaged over questions with positives."""
-        positive_BN = torch.zeros_like(scores_BN, dtype=torch.bool)
-        for row, (indices, n) in enumerate(zip(positives, counts_B.tolist(), strict=True)):
-            if any(not 0 <= i < n for i in indices):
-                raise ValueError(f"pos_index {list(indices)} of question {row} points outside its {n} candidates")
-            positive_BN[row, indices] = True
-        log_p_BN = torch.log_softmax(scores_BN / self.config.topk_temperature, dim=-1)
-        known_B = positive_BN.any(1)
-        loss_B = -torch.logsumexp(log_p_BN[known_B].masked_fill(~positive_BN[known_B], float("-inf")), dim=-1)
-        return loss_B.sum() / known_B.sum().clamp(min=1)
 
     def _in_batches(self, adapter: str, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Compresses texts in batches of like length: `[N, L, D]` in the given order, and the MSE over all."""

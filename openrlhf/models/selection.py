@@ -73,3 +73,22 @@ def select_documents(
     used_BK = torch.arange(indices_BK.shape[1], device=valid_BN.device) < valid_BN.sum(1, keepdim=True)
     chosen_BKLD = torch.einsum("bkn,bnld->bkld", z_BKN, docs_BNLD.float())
     return chosen_BKLD[used_BK].to(docs_MLD.dtype), indices_BK.masked_fill(~used_BK, -1), scores_BN
+
+
+def retrieval_loss(
+    scores_BN: torch.Tensor, positives: list[list[int]], counts_B: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """Supervised retrieval: −log Σ_{n positive} softmax(s/τ)_n, averaged over questions with positives.
+
+    Raises:
+        ValueError: a positive is not the position of a candidate.
+    """
+    positive_BN = torch.zeros_like(scores_BN, dtype=torch.bool)
+    for row, (indices, n) in enumerate(zip(positives, counts_B.tolist(), strict=True)):
+        if any(not 0 <= i < n for i in indices):
+            raise ValueError(f"pos_index {list(indices)} of question {row} points outside its {n} candidates")
+        positive_BN[row, indices] = True
+    log_p_BN = torch.log_softmax(scores_BN / temperature, dim=-1)
+    known_B = positive_BN.any(1)
+    loss_B = -torch.logsumexp(log_p_BN[known_B].masked_fill(~positive_BN[known_B], float("-inf")), dim=-1)
+    return loss_B.sum() / known_B.sum().clamp(min=1)

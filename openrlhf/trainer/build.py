@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, get_scheduler
 
-from openrlhf.datasets.collators import COLLATORS, Collator
+from openrlhf.datasets.collators import COLLATORS, IGNORE, Collator, text_length
 from openrlhf.datasets.records import load_records
+from openrlhf.datasets.sampler import BatchPlan
 from openrlhf.models.adapters import DECODER, QUERY, adapter_state
 from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config, trained_state
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa, CLaRaConfig
 from openrlhf.models.prompts import DEFAULT_PROMPTS
 from openrlhf.models.tokens import ClaraTokens
+from openrlhf.trainer import estimate
 from openrlhf.trainer.config import STAGE2, TrainingConfig
+from openrlhf.trainer.skeleton import ROW_TOKENS
 from openrlhf.utils.distributed import Engine, barrier, rank, seed_everything, writing
 
 logger = logging.getLogger(__name__)
@@ -224,39 +227,47 @@ def describe(config: TrainingConfig, model_cfg: CLaRaConfig, tokens: ClaraTokens
         for name in model.decoder.peft_config
     }
     trainable["memory_embeddings"] = model.special.memory.numel() if model.special.memory.requires_grad else 0
-    learning, total = sum(trainable.values()), sum(p.numel() for p in model.parameters())
     steps = -(-len(data) // config.train_batch_size) * config.max_epochs
     some = [{**data[i], "index": i} for i in range(0, len(data), max(1, len(data) // 200))]
     collate = build_collator(config, tokens)
     batches = [collate([row], epoch=0) for row in some]
     tokens_a_record = sum(batch["n_tokens"] for batch in batches) / len(batches)
-    widest = max(batch["n_tokens"] for batch in batches) * config.micro_train_batch_size
+    widths = [padded_to(batch, config, model_cfg.n_memory_tokens) for batch in batches]
+    widest = {name: max(width[name] for width in widths) for name in widths[0]}
+    plan = BatchPlan(len(data), config.train_batch_size, config.micro_train_batch_size, config.seed)
+    share = plan.share(plan.global_batch(0)[1], lambda index: text_length(data[index]), rank=0, world=1)
+    groups = [collate([{**data[i], "index": i} for i in micro.indices], epoch=0) for micro in share]
+    padded = [padded_to(batch, config, model_cfg.n_memory_tokens) for batch in groups]
     return {
         "records": len(data),
         "steps": steps,
         "trainable_parameters": trainable,
-        "all_parameters": total,
+        "all_parameters": sum(p.numel() for p in model.parameters()),
         "tokens_per_record": round(tokens_a_record, 1),
         "tokens_in_all": round(tokens_a_record * len(data) * config.max_epochs),
-        "expected_memory_gb": expected_memory(config, base.config, total, learning, widest, world),
+        "padded_to": {name: round(sum(width[name] for width in padded) / len(padded)) for name in padded[0]},
+        "expected_memory_gb": expected_memory(config, base.config, widest, world),
         "adapters_trained": list(STAGE_TRAINS[config.stage][0]),
     }
 
 
-def expected_memory(
-    config: TrainingConfig, base, total: int, learning: int, tokens: int, world: int
-) -> dict[str, float]:
-    """Gigabytes a rank needs: weights, gradients and optimiser state (12 bytes a parameter, shared out), activations.
-
-    Activations are counted as what autograd keeps of a layer for each token: its input alone with checkpointing, else
-    about 14 hidden sizes and 5 intermediate sizes.
-    """
-    size = 2 if config.bf16 else 4
-    hidden, layers = base.hidden_size, base.num_hidden_layers
-    kept = hidden if config.gradient_checkpointing else 14 * hidden + 5 * getattr(base, "intermediate_size", 4 * hidden)
-    parts = {
-        "weights": total * size / (world if config.zero_stage == 3 else 1),
-        "gradients_and_optimizer": learning * (size + 4 + 12 / world),
-        "activations": tokens * layers * kept * size,
+def padded_to(batch: dict, config: TrainingConfig, n_memory: int) -> dict[str, int]:
+    """Tokens a row of a batch takes, as `estimate.plan_of` wants them, and its documents as `candidates`."""
+    used = int(batch["docs_per_question"].clamp(max=config.generation_top_k).max())
+    answers = round(int((batch["labels"][:, 1:] != IGNORE).sum()) / len(batch["labels"]))
+    query = batch.get("query_input_ids", batch["labels"][:, : n_memory + ROW_TOKENS])
+    return {
+        "candidates": int(batch["docs_per_question"].max()),
+        "doc_tokens": batch["enc_input_ids"].shape[1] - n_memory - ROW_TOKENS,
+        "prompt_tokens": batch["labels"].shape[1] - used * (n_memory + 1) - answers,
+        "answer_tokens": answers,
+        "question_tokens": query.shape[1] - n_memory - ROW_TOKENS,
     }
-    return {name: round(value / 1e9, 2) for name, value in (*parts.items(), ("sum", sum(parts.values())))}
+
+
+def expected_memory(config: TrainingConfig, base: PretrainedConfig, widest: dict, world: int) -> dict[str, float]:
+    """Gigabytes a rank needs by `estimate.memory`, were all records of a micro-batch as wide as `widest`."""
+    device, tokens = "cuda" if torch.cuda.is_available() else "cpu", dict(widest)
+    plan = estimate.plan_of(config, base, tokens.pop("candidates"), tokens, world)
+    parts = estimate.memory(plan, estimate.counted(plan, device), device, estimate.process_bytes(device))
+    return {name: round(value / 1e9, 2) for name, value in parts.items()}
