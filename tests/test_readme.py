@@ -15,6 +15,7 @@ from torch.distributed.run import get_args_parser
 from evaluation import systems
 from evaluation.config import EvaluationConfig
 from evaluation.sources import READERS
+from openrlhf.cli.estimate import FLAGS as ESTIMATED
 from openrlhf.cli.train_sft import FIXED
 from openrlhf.models.modeling_clara import CLaRa, CLaRaConfig
 from openrlhf.trainer.config import TrainingConfig
@@ -22,11 +23,13 @@ from openrlhf.trainer.config import TrainingConfig
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE, DATA = "README.md", "docs/TRAINING_GUIDE.md", "DATA_PIPELINE_GUIDE.md"
 INDEX, EVALUATION, EVALUATION_DATA = "docs/PAPER_INDEX.md", "docs/EVALUATION_GUIDE.md", "docs/EVALUATION_DATA.md"
-PAGES = (README, GUIDE, DATA, INDEX, EVALUATION, EVALUATION_DATA, "CONTRIBUTING.md", "CHANGELOG.md")
+HARDWARE, BENCHMARKS = "docs/HARDWARE_REQUIREMENTS.md", "benchmarks/README.md"
+OTHER_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", HARDWARE, BENCHMARKS)
+PAGES = (README, GUIDE, DATA, INDEX, EVALUATION, EVALUATION_DATA, *OTHER_PAGES)
 # What scripts/prepare_eval_data.py makes.
 MADE = "evaluation/evaluation_data"
 BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-NAMED = re.compile(r"(?<![\w/.$-])(?:(?:scripts|openrlhf|evaluation|example|docs|figs|tests)/[\w./-]*\w/?"
+NAMED = re.compile(r"(?<![\w/.$-])(?:(?:scripts|openrlhf|evaluation|example|docs|figs|tests|benchmarks)/[\w./-]*\w/?"
                    r"|[A-Z_]{6,}\.md|LICENSE|setup\.py|requirements[\w-]*\.txt|\.env\.example)(?![\w/])")  # fmt: skip
 # Flags of programs that are not ours, by the first word of the command.
 OTHERS = {"pip": ("-r", "-e", "--no-deps"), "conda": ("-n",)}
@@ -64,6 +67,7 @@ def known_flags(command: str) -> set[str]:
     if module:
         file = ROOT / (module[1].replace(".", "/") + ".py")
         own = {"train_sft": TRAINING_FLAGS, "evaluate": EVALUATION_FLAGS}.get(file.stem) or option_strings(file)
+        own = own | {f"--{name}" for name in ESTIMATED} if file.stem == "estimate" else own
         return own | {"-m"} | (LAUNCHER_FLAGS if words[0] == "torchrun" else set())
     if words[0] in ("bash", "python") or words[0].startswith("scripts/"):
         script = words[0] if words[0].startswith("scripts/") else words[1]
@@ -74,7 +78,8 @@ def known_flags(command: str) -> set[str]:
 
 
 def option_strings_of(script: str) -> set[str]:
-    return option_strings(ROOT / script) if script.endswith(".py") else set()
+    own = option_strings(ROOT / script) if script.endswith(".py") else set()
+    return own | option_strings(ROOT / "benchmarks/common.py") if script.startswith("benchmarks/") else own
 
 
 def commands(page: str) -> list[str]:
@@ -162,7 +167,9 @@ def test_flags_in_commands_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_named_in_the_text_exist(page):
-    files = [*ROOT.glob("scripts/*.py"), *ROOT.glob("openrlhf/cli/*.py"), *ROOT.glob("evaluation/*.py")]
+    files = [
+        path for room in ("scripts", "openrlhf/cli", "evaluation", "benchmarks") for path in ROOT.glob(f"{room}/*.py")
+    ]
     known = (TRAINING_FLAGS | EVALUATION_FLAGS).union(*map(option_strings, files))
     named = {flag for code in inline(page) if code.startswith("--") for flag in re.findall(r"--[a-z][\w-]*", code)}
     assert named <= known
