@@ -35,6 +35,7 @@ class _LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, y: Any, a_RD: Any, b_OR: Any, scale: float, keep: Any) -> torch.Tensor:
+        """`[..., D]`, `[..., O]` → `[..., O]`; `keep` of x's shape, or None."""
         dropped = x if keep is None else x * keep
         low_TR = dropped.flatten(0, -2) @ a_RD.t()
         ctx.save_for_backward(x, low_TR, a_RD, b_OR, keep)
@@ -43,6 +44,7 @@ class _LowRankUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> tuple:  # type: ignore[override]
+        """Gradients of x, y, A and B, as far as they are needed."""
         x, low_TR, a_RD, b_OR, keep = ctx.saved_tensors
         grad_TO = grad.flatten(0, -2)
         grad_low_TR = (grad_TO @ b_OR).mul_(ctx.scale)
