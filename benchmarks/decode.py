@@ -52,7 +52,7 @@ def ours(model: CLaRa, prompts: Prompts, tokens: int) -> list[list[int]]:
     """As the model answers, without a stop."""
     with model.router.route(DECODER):
         cache = new_cache(model.decoder.config)
-        return greedy(model.decoder, model.embed, prompts.embeds_BTD, prompts.mask_BT, cache, [], tokens)
+        return greedy(model.decoder, model.embed, model.base_logits, prompts.embeds_BTD, prompts.mask_BT, cache, [], tokens)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ FIXED = (
     *("stage", "seed", "train_batch_size", "micro_train_batch_size", "max_epochs", "learning_rate", "lr_scheduler"),
     *("lr_warmup_ratio", "l2", "max_norm", "adam_betas", "mse_loss", "mse_loss_weight", "max_len", "generation_top_k"),
     *("topk_temperature", "zero_stage", "bf16", "doc_max_length", "compress_rate", "lora_r", "freeze_query_reasoner"),
-    *("freeze_memory_embeddings",),
+    *("freeze_memory_embeddings", "rescale_memory"),
 )
 
 
@@ -49,7 +49,7 @@ def check_resumed(config: TrainingConfig, now: dict) -> None:
     if not (config.load_checkpoint and path.is_file() and any(path.parent.glob("global_step*"))):
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"{key}: {before.get(key)} then, {now[key]} now" for key in now if before.get(key) != now[key]]
+    changed = [f"{key}: {before.get(key)} then, {now[key]} now" for key in now if before.get(key, now[key]) != now[key]]
     if changed:
         raise ValueError(f"{config.ckpt_path} is a run of other settings and cannot be resumed: " + "; ".join(changed))
 

@@ -23,6 +23,8 @@ class CLaRaConfig(PretrainedConfig):
         quantization: of the base model: `no`, `int8` or `int4` (bitsandbytes, CUDA).
         attn_implementation: None lets transformers choose.
         topk_temperature: tau of the straight-through selection.
+        rescale_memory: the generator reads memory vectors at the mean length of the base model's input embeddings; not
+            part of the published method, where they keep the several times greater length of hidden states.
         prompts: the texts of `prompts.DEFAULT_PROMPTS`, or None for a checkpoint whose prompts are not known.
 
     Every other field of a public `config.json` is kept as it is and written back.
@@ -50,6 +52,7 @@ class CLaRaConfig(PretrainedConfig):
         attn_implementation: str | None = None,
         max_new_tokens: int = 128,
         topk_temperature: float = 0.02,
+        rescale_memory: bool = False,
         stage2_retrieval_top_n: int = 1,
         pure_inference: bool = False,
         compr_model_name: str | None = None,
@@ -75,6 +78,7 @@ class CLaRaConfig(PretrainedConfig):
         self.quantization = quantization
         self.max_new_tokens = max_new_tokens
         self.topk_temperature = topk_temperature
+        self.rescale_memory = rescale_memory
         self.stage2_retrieval_top_n = stage2_retrieval_top_n
         self.pure_inference = pure_inference
         self.compr_model_name = compr_model_name

@@ -82,6 +82,7 @@ def repeat_cache(cache: DynamicCache, batch: int) -> DynamicCache:
 def greedy(
     decoder: Any,
     embed: Callable[[torch.Tensor], torch.Tensor],
+    head: Callable[[torch.Tensor], torch.Tensor],
     embeds_BTD: torch.Tensor,
     mask_BT: torch.Tensor,
     cache: DynamicCache,
@@ -93,6 +94,7 @@ def greedy(
     Args:
         decoder: a causal LM.
         embed: ids `[B, 1]` → embeddings `[B, 1, D]`.
+        head: hidden states `[B, D]` → logits `[B, V]`.
         embeds_BTD: what is to be read before the first new token, after what the cache holds.
         mask_BT: int64, over the cache and `embeds_BTD`; padding is 0.
         cache: from `new_cache` or `repeat_cache`; is used up.
@@ -101,7 +103,7 @@ def greedy(
     open_rows = list(range(len(written)))  # of each row in the batch; those that have ended may still be among them
     ended: set[int] = set()
     for step in range(max_new_tokens):
-        token_B = decoder.get_output_embeddings()(read(decoder, embeds_BTD, mask_BT, cache)).argmax(-1)
+        token_B = head(read(decoder, embeds_BTD, mask_BT, cache)).argmax(-1)
         for row, token in zip(open_rows, token_B.tolist(), strict=True):
             if token in stop_ids:
                 ended.add(row)

@@ -7,6 +7,7 @@ layer's dropped input for the backward pass, and draws dropout masks one number 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,20 +62,36 @@ class _LowRankUpdate(torch.autograd.Function):
         return grad_x, grad, grad_a_RD, grad_b_OR, None, None
 
 
+def fixed_linear(weight_OD: torch.Tensor, bias_O: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`[..., D]` → `[..., O]` by weights that never change, without gradients.
+
+    A CPU gets them rearranged once for its matrix products: plain weights are rearranged in every call, which takes a
+    third to a half of a product with few rows. Bit-equal to the plain product in bfloat16.
+    """
+    ops = torch.ops.mkldnn
+    packs = weight_OD.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+    if weight_OD.dtype == torch.bfloat16:
+        packs = packs and ops._is_mkldnn_bf16_supported()
+    if not packs or weight_OD.dtype not in (torch.float32, torch.bfloat16):
+        return lambda x: F.linear(x, weight_OD, bias_O)
+    packed = ops._reorder_linear_weight(weight_OD)
+    return lambda x: ops._linear_pointwise(x, packed, bias_O, "none", [], "")
+
+
 class LoraLinear(Linear):
-    """PEFT's LoRA layer over a linear layer, with another forward pass. `merged_weights` `[O, D]` by adapter name take
-    the place of base and update where they are given; the weights of the base stay as they are.
+    """PEFT's LoRA layer over a linear layer, with another forward pass. `merged_products` by adapter name take the
+    place of base and update where they are given and no gradient is asked for; the base's weights stay as they are.
     """
 
     base_layer: Any
-    merged_weights: dict[str, torch.Tensor]
+    merged_products: dict[str, Callable[[torch.Tensor], torch.Tensor]]
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """`[..., D]` → `[..., O]` through the base layer and the active adapter, none or one."""
         known = (name for name in self.active_adapters if name in self.lora_A)
         name = None if self.disable_adapters else next(known, None)
-        if name in self.merged_weights:
-            return F.linear(x, self.merged_weights[name], self.base_layer.bias)
+        if name in self.merged_products and not torch.is_grad_enabled():
+            return self.merged_products[name](x)
         y = self.base_layer(x)
         if name is None:
             return y
@@ -93,7 +110,8 @@ class LoraLinear(Linear):
         a_RD, b_OR, scale = self._weights(name)
         update_OD = b_OR.float() @ a_RD.float() * scale
         base_OD = self.base_layer.weight
-        self.merged_weights[name] = (base_OD.float() + update_OD).to(base_OD.dtype)
+        merged_OD = (base_OD.float() + update_OD).to(base_OD.dtype)
+        self.merged_products[name] = fixed_linear(merged_OD, self.base_layer.bias)
 
 
 def use_own_forward(decoder: nn.Module) -> None:
@@ -101,4 +119,4 @@ def use_own_forward(decoder: nn.Module) -> None:
     for layer in decoder.modules():
         if type(layer) is Linear:
             layer.__class__ = LoraLinear
-            layer.__dict__["merged_weights"] = {}
+            layer.__dict__["merged_products"] = {}

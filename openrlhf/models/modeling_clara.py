@@ -36,7 +36,7 @@ from .checkpoint import load_decoder, load_pretrained, save_pretrained
 from .configuration_clara import STAGES, CLaRaConfig
 from .document_cache import DocumentCache
 from .generation import greedy, new_cache, read, repeat_cache
-from .lora import LoraLinear
+from .lora import LoraLinear, fixed_linear
 from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE
 from .selection import retrieval_loss, select_documents
 from .tokens import ClaraTokens, Prompt
@@ -101,6 +101,8 @@ class CLaRa(PreTrainedModel):
         if decoder is None:
             decoder, tokenizer, base_path = load_decoder(config, Path.cwd())
         self.tokens = ClaraTokens(tokenizer, config)
+        # Taken here, since ZeRO-3 spreads the weights over ranks later.
+        self.embedding_length = mean_length(decoder.get_input_embeddings().weight) if config.rescale_memory else None
         self.base_path = base_path
         self.special = self._new_special_embeddings(decoder)
         for name in adapters:
@@ -111,6 +113,7 @@ class CLaRa(PreTrainedModel):
         self.decoder = decoder
         self.router = AdapterRouter(decoder)
         self.document_cache: DocumentCache | None = None
+        self.fixed_head: Callable | None = None
         for parameter in self.decoder.parameters():
             parameter.requires_grad_(False)
         self.special.memory.requires_grad_(False)
@@ -179,10 +182,10 @@ class CLaRa(PreTrainedModel):
 
     @torch.no_grad()
     def merge_adapter(self, name: str) -> None:
-        """Adds an adapter to a copy of the base's weights, which its passes then use: for answering or compressing
-        much with weights that stay as they are.
+        """Adds an adapter to a copy of the base's weights, which its passes without gradients then use: for answering
+        or compressing much with weights that stay as they are. Merge where the model shall stay: copies do not move.
 
-        Takes the memory of the linear layers once more. In float32 results change by rounding; in bfloat16 the sum is
+        Takes the memory of the linear layers and of the LM head once more. In float32 results change by rounding; in bfloat16 the sum is
         rounded to the base's precision, and a small update is partly lost: compare before you rely on it.
 
         Raises:
@@ -193,12 +196,15 @@ class CLaRa(PreTrainedModel):
             raise ValueError("a quantised base model cannot take an adapter in: load it without quantization")
         for layer in self.router.layers:
             layer.merge_weights(name)
+        head = self.decoder.get_output_embeddings()
+        self.fixed_head = fixed_linear(head.weight, head.bias)
 
     def unmerge_adapters(self) -> None:
         """Drops what `merge_adapter` made."""
+        self.fixed_head = None
         for layer in self.router.layers:
             if isinstance(layer, LoraLinear):
-                layer.merged_weights = {}
+                layer.merged_products = {}
 
     def train_stage(self, stage: str, freeze_query_reasoner: bool = False) -> None:
         """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings."""
@@ -254,6 +260,10 @@ class CLaRa(PreTrainedModel):
                 inputs_embeds=embeds_BTD, attention_mask=mask_BT.long(), position_ids=position_BT, use_cache=False
             ).last_hidden_state
 
+    def base_logits(self, hidden_D: torch.Tensor) -> torch.Tensor:
+        """The LM head's own output `[…, V]` for hidden states `[…, D]`, without the added tokens: for generating."""
+        return (self.fixed_head or self.decoder.get_output_embeddings())(hidden_D)
+
     def head(self, hidden_D: torch.Tensor) -> torch.Tensor:
         """Logits `[…, V]` over the base vocabulary and the added tokens, from hidden states `[…, D]`."""
         config, first = self.decoder.config, self.tokens.first_special_id
@@ -286,6 +296,9 @@ class CLaRa(PreTrainedModel):
     def place(self, ids_BT: torch.Tensor, docs_KLD: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
         """Embeds generator inputs, each memory token replaced by the next document vector, in reading order.
 
+        With `config.rescale_memory` each vector is brought to the mean length of the base model's input embeddings
+        here, and here only: what is stored and compared stays as the compressor gave it.
+
         Raises:
             ValueError: a row b does not hold the memory tokens of exactly `counts_B[b]` documents.
         """
@@ -298,6 +311,8 @@ class CLaRa(PreTrainedModel):
                 f"the prompts hold {slots_B.tolist()} memory tokens, their documents {needed_B.tolist()} vectors: "
                 "a prompt was cut inside its documents (raise --max_len) or written for another number of them"
             )
+        if self.embedding_length is not None:
+            docs_KLD = F.normalize(docs_KLD.float(), dim=-1) * self.embedding_length
         return embeds_BTD.masked_scatter(memory_BT.unsqueeze(-1), docs_KLD.to(embeds_BTD.dtype))
 
     def forward(self, batch: dict, compute_logits: bool = True) -> tuple[torch.Tensor, dict]:
@@ -532,7 +547,9 @@ class CLaRa(PreTrainedModel):
                 counts = torch.tensor([len(docs[i]) for i in chosen])
                 embeds_BTD = self.place(ids.to(self.device), torch.cat([docs[i] for i in chosen]), counts)
                 cache = repeat_cache(start, len(chosen))
-                new = greedy(self.decoder, self.embed, embeds_BTD, mask, cache, stop_ids, max_new_tokens)
+                new = greedy(
+                    self.decoder, self.embed, self.base_logits, embeds_BTD, mask, cache, stop_ids, max_new_tokens
+                )
                 decoded = self.tokens.tokenizer.batch_decode(new, skip_special_tokens=True)
                 for i, text in zip(chosen, decoded, strict=True):
                     texts[i] = text.strip()
@@ -554,6 +571,12 @@ class CLaRa(PreTrainedModel):
         if prompts is not None:
             ids.update(self.tokens.end_of_turn_ids(prompts["answer_system"], prompts["answer_user"]))
         return sorted(i for i in ids if i is not None)
+
+
+@torch.no_grad()
+def mean_length(rows_VD: torch.Tensor) -> float:
+    """Mean Euclidean length of the rows, float32."""
+    return float(torch.linalg.vector_norm(rows_VD, dim=-1, dtype=torch.float32).mean())
 
 
 def _check_documents(questions: list[str], documents: list[list[str]]) -> torch.Tensor:

@@ -71,6 +71,7 @@ def model_config(config: TrainingConfig, root: Path | None) -> CLaRaConfig:
             doc_max_length=config.doc_max_length,
             compr_rate=config.compress_rate,
             lora_r=config.lora_r,
+            rescale_memory=config.rescale_memory,
             prompts=DEFAULT_PROMPTS,
         )
     model.decoder_model_name = config.pretrain

@@ -38,6 +38,9 @@ class TrainingConfig:
     reset_decoder: bool = _flag(False, "stage1_2: start a fresh generator adapter")
     freeze_query_reasoner: bool = _flag(False, "stage 2: train the generator only")
     fresh_query_reasoner: bool = _flag(False, "stage 2: do not start the query reasoner from the compressor")
+    rescale_memory: bool = _flag(
+        False, "stage 1 from a base model: the generator reads memory vectors at the length of input embeddings"
+    )
     freeze_memory_embeddings: bool = _flag(False, "stages 1 and 1_2: keep the memory embeddings as they are")
     stage2_mips: bool = _flag(False, "retrieve candidates during training (needs the retrieval service)")
     stage2_retrieval_top_n: int = _flag(1, "candidates retrieved by --stage2_mips")
@@ -144,6 +147,10 @@ class TrainingConfig:
         first = ("stage1", "stage1_2")
         only("mse_loss", first, "the documents are frozen there")
         only("freeze_memory_embeddings", first, "they are always frozen there")
+        if self.rescale_memory and (stage not in first or self.pretrain_checkpoint):
+            found.append(
+                "--rescale_memory is chosen where training starts from the base model; a checkpoint keeps its own choice"
+            )
         only("reset_decoder", ("stage1_2",), "only stage1_2 can start a fresh generator")
         only("freeze_query_reasoner", ("stage2",), "only stage2 trains something beside the query reasoner")
         only("fresh_query_reasoner", STAGE2, "there is no query reasoner before stage 2")
