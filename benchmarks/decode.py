@@ -52,7 +52,8 @@ def ours(model: CLaRa, prompts: Prompts, tokens: int) -> list[list[int]]:
     """As the model answers, without a stop."""
     with model.router.route(DECODER):
         cache = new_cache(model.decoder.config)
-        return greedy(model.decoder, model.embed, model.base_logits, prompts.embeds_BTD, prompts.mask_BT, cache, [], tokens)
+        parts = (model.decoder, model.embed, model.base_logits)
+        return greedy(*parts, prompts.embeds_BTD, prompts.mask_BT, cache, [], tokens)
 
 
 def main() -> None:

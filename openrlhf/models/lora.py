@@ -69,7 +69,8 @@ def fixed_linear(weight_OD: torch.Tensor, bias_O: torch.Tensor | None) -> Callab
     third to a half of a product with few rows. Bit-equal to the plain product in bfloat16.
     """
     ops = torch.ops.mkldnn
-    packs = weight_OD.device.type == "cpu" and torch.backends.mkldnn.is_available() and hasattr(ops, "_linear_pointwise")
+    packs = weight_OD.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packs = packs and hasattr(ops, "_linear_pointwise")
     if weight_OD.dtype == torch.bfloat16:
         packs = packs and ops._is_mkldnn_bf16_supported()
     if not packs or weight_OD.dtype not in (torch.float32, torch.bfloat16):

@@ -185,8 +185,9 @@ class CLaRa(PreTrainedModel):
         """Adds an adapter to a copy of the base's weights, which its passes without gradients then use: for answering
         or compressing much with weights that stay as they are. Merge where the model shall stay: copies do not move.
 
-        Takes the memory of the linear layers and of the LM head once more. In float32 results change by rounding; in bfloat16 the sum is
-        rounded to the base's precision, and a small update is partly lost: compare before you rely on it.
+        Takes the memory of the linear layers and of the LM head once more. In float32 results change by rounding; in
+        bfloat16 the sum is rounded to the base's precision, and a small update is partly lost: compare before you
+        rely on it.
 
         Raises:
             ValueError: there is no such adapter, or the base model is quantised.

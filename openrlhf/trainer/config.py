@@ -149,7 +149,7 @@ class TrainingConfig:
         only("freeze_memory_embeddings", first, "they are always frozen there")
         if self.rescale_memory and (stage not in first or self.pretrain_checkpoint):
             found.append(
-                "--rescale_memory is chosen where training starts from the base model; a checkpoint keeps its own choice"
+                "--rescale_memory is chosen where training starts from the base model: a checkpoint keeps its choice"
             )
         only("reset_decoder", ("stage1_2",), "only stage1_2 can start a fresh generator")
         only("freeze_query_reasoner", ("stage2",), "only stage2 trains something beside the query reasoner")

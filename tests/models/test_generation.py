@@ -102,6 +102,28 @@ def test_document_vectors_take_the_places_of_the_memory_tokens_in_order(mistral,
     assert bool((ids == model.tokens.sep_id).any()) == sep
 
 
+def test_rescaled_memory_is_read_at_the_length_of_embeddings_and_stored_as_it_was(mistral, tmp_path):
+    plain = new_model(mistral, query=False)
+    model = new_model(mistral, query=False, rescale_memory=True)
+    vectors, _ = model.compress_documents(DOCS[:2])
+    assert torch.equal(vectors, plain.compress_documents(DOCS[:2])[0])
+    ids, _ = model.tokens.pad_left([model.answer_prompt(QUESTIONS[0], 2).ids])
+    memory, counts = torch.isin(ids, torch.tensor(model.tokens.memory_ids)), torch.tensor([2])
+    with torch.no_grad():
+        placed, before = model.place(ids, vectors, counts), plain.place(ids, vectors, counts)
+    rows = model.decoder.get_input_embeddings().weight
+    mean = sum(float(row.double().square().sum().sqrt()) for row in rows) / len(rows)
+    lengths = placed[memory].norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, mean))
+    directions = torch.nn.functional.cosine_similarity(placed[memory], before[memory], dim=-1)
+    torch.testing.assert_close(directions, torch.ones_like(directions))
+    assert torch.equal(placed[~memory], before[~memory])
+    model.save_pretrained(tmp_path / "checkpoint")
+    again = CLaRa.from_pretrained(tmp_path / "checkpoint")
+    with torch.no_grad():
+        assert torch.equal(again.place(ids, vectors, counts), placed)
+
+
 @pytest.mark.parametrize("different", [True, False])
 def test_one_shared_memory_token_works_end_to_end(mistral, different, tmp_path):
     model = new_model(mistral, different_mem_tokens=different, sep=different)

@@ -28,7 +28,8 @@ def expected(model: CLaRa, embeds: torch.Tensor, mask: torch.Tensor, stop: list[
 @torch.no_grad()
 def written(model: CLaRa, embeds: torch.Tensor, mask: torch.Tensor, stop: list[int], new: int) -> list[list[int]]:
     with model.router.route(DECODER):
-        return greedy(model.decoder, model.embed, model.base_logits, embeds, mask, new_cache(model.decoder.config), stop, new)
+        cache = new_cache(model.decoder.config)
+        return greedy(model.decoder, model.embed, model.base_logits, embeds, mask, cache, stop, new)
 
 
 def inputs(model: CLaRa, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +85,8 @@ def test_a_start_read_once_serves_every_row(model):
         once = new_cache(model.decoder.config)
         read(model.decoder, start[:1], torch.ones(1, 4, dtype=torch.long), once)
         results = [
-            greedy(model.decoder, model.embed, model.base_logits, rest, whole_mask, repeat_cache(once, 3), [], 20) for _ in range(2)
+            greedy(model.decoder, model.embed, model.base_logits, rest, whole_mask, repeat_cache(once, 3), [], 20)
+            for _ in range(2)
         ]
     assert results[0] == results[1], "the start must not be used up"
     for row, skip in ((0, 0), (1, 3), (2, 0)):

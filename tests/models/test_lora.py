@@ -6,7 +6,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
 
 from openrlhf.models.adapters import DECODER, ENCODER
-from openrlhf.models.lora import LoraLinear, keep_mask, use_own_forward
+from openrlhf.models.lora import LoraLinear, fixed_linear, keep_mask, use_own_forward
 from tests.tiny import DOCS, new_model
 
 P = round(0.25 * 2**16) / 2**16
@@ -118,11 +118,40 @@ def test_merged_weights_answer_for_their_adapter_alone(mistral):
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 48), (33, 48), (2, 5, 48)])
+def test_fixed_weights_multiply_as_they_do_in_a_linear_layer(dtype, bias, shape):
+    weight, x = torch.randn(80, 48).to(dtype), torch.randn(shape).to(dtype)
+    offset = torch.randn(80).to(dtype) if bias else None
+    with torch.no_grad():
+        ours, plain = fixed_linear(weight, offset)(x), torch.nn.functional.linear(x, weight, offset)
+    assert ours.shape == plain.shape and ours.dtype == dtype
+    if dtype == torch.bfloat16:  # one rounding, at most, of sums that may be taken in another order
+        torch.testing.assert_close(ours, plain, rtol=2**-7, atol=2**-7)
+    else:
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pass_with_gradients_goes_through_base_and_adapter_although_merged(mistral):
+    model = new_model(mistral)
+    embeds, mask = torch.randn(2, 6, model.decoder.config.hidden_size), torch.ones(2, 6, dtype=torch.long)
+    weight = model.router.layers[0].lora_B[DECODER].weight
+    weight.requires_grad_(True)
+    gradients = []
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(model.hidden(DECODER, embeds, mask).square().sum(), weight)
+        gradients.append(gradient)
+        model.merge_adapter(DECODER)
+    assert gradients[0].abs().max() > 0 and torch.equal(*gradients)
+
+
 def test_training_leaves_no_outdated_merged_weights_behind(mistral):
     model = new_model(mistral)
     model.merge_adapter(DECODER)
+    assert model.fixed_head is not None
     model.train_stage("stage1")
-    assert not any(module.merged_products for module in model.router.layers)
+    assert not any(module.merged_products for module in model.router.layers) and model.fixed_head is None
     model.merge_adapter(DECODER)
     model.reset_adapter(DECODER)
     assert not any(module.merged_products for module in model.router.layers)
