@@ -35,10 +35,14 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
     ours, saved = read_config(root, None, override)
     public = (root / ADAPTERS_FILE).is_file()
     trained = saved.training_stage
-    if config.suite == END_TO_END and not (trained.startswith("stage2") and (public or (root / QUERY).is_dir())):
+    selects = trained.startswith("stage2") and (public or (root / QUERY).is_dir())
+    if config.copy_compressor and trained.startswith("stage2"):
+        raise ValueError(f"{root} is a {trained} checkpoint: --copy_compressor is for those from before stage 2")
+    if config.suite == END_TO_END and not selects and not config.copy_compressor:
         raise ValueError(
             f"{root} is a {trained} checkpoint without a query reasoner, and the end_to_end suite selects documents "
-            "with one: give a stage2 checkpoint, or run --suite instruction_tuning (all documents are read)"
+            "with one: give a stage2 checkpoint, run --suite instruction_tuning (all documents are read), or let a copy "
+            "of its compressor select, as stage 2 starts: --copy_compressor"
         )
     places = [root, *list(root.parents)[: len(Path(config.subfolder).parts)]]
     if ours.prompts is None and not (public and read_prompts(places)):

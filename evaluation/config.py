@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from evaluation.questions import NORMAL, ORACLE, PARAPHRASE, PRETRAINING
+from evaluation.questions import END_TO_END, NORMAL, ORACLE, PARAPHRASE, PRETRAINING
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,6 +44,9 @@ class EvaluationConfig:
     max_new_tokens: int | None = _flag(None, "tokens of an answer at most (default: the checkpoint's)")
     batch_size: int = _flag(32, "texts that go through the model together; halved where memory runs out")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("auto", "auto: bfloat16 on CUDA, float32 on CPU")
+    copy_compressor: bool = _flag(
+        False, "end_to_end suite on a checkpoint from before stage 2: select with a copy of its compressor"
+    )
     first_answer_only: bool = _flag(False, "score against the first gold answer only, as the public script does")
     seed: int = _flag(42, "of the random ranking and of the bootstrap")
 
@@ -64,6 +67,8 @@ class EvaluationConfig:
         self.settings = list(dict.fromkeys(names(self.setting) or known))
         if set(self.settings) - set(known):
             problems.append(f"--setting {self.setting}: the {self.suite} suite has {' and '.join(known)}")
+        if self.copy_compressor and self.suite != END_TO_END:
+            problems.append("--copy_compressor selects documents, which only --suite end_to_end does")
         self.dataset_names = list(dict.fromkeys(names(self.datasets)))
         for name in ("dense_model", "cross_encoder", "llmlingua_model"):
             if getattr(self, name) and (not self.baselines or self.suite == PRETRAINING):

@@ -53,6 +53,8 @@ def load(config: EvaluationConfig, work: "Work", device: torch.device) -> CLaRa:
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = {"generation_top_k": work.facts["generation_top_k"], "decoder_model_name": work.facts["base_model"]}
+    if config.copy_compressor:
+        options["training_stage"] = "stage2"
     model = CLaRa.from_pretrained(config.checkpoint, subfolder=config.subfolder, dtype=dtype, **options)
     if model.config.quantization == "no":
         model.to(device)  # type: ignore[arg-type]
@@ -116,7 +118,8 @@ def clara_description(config: EvaluationConfig, facts: dict) -> str:
     """What CLaRa reads in this suite."""
     n = facts["n_memory_tokens"]
     if config.suite == END_TO_END:
-        return f"CLaRa, selecting {facts['generation_top_k']} of the candidates, {n} vectors each"
+        by = " with a copy of its compressor" if config.copy_compressor else ""
+        return f"CLaRa, selecting{by} {facts['generation_top_k']} of the candidates, {n} vectors each"
     return f"CLaRa reading {'the document' if config.suite == PRETRAINING else 'all documents'}, {n} vectors each"
 
 

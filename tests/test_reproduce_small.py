@@ -1,0 +1,220 @@
+"""scripts/reproduce_small.py: its data, its commands, slices, and the page written from results."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from evaluation import evaluate
+from openrlhf.cli import train_sft
+from openrlhf.datasets.records import load_records
+
+ROOT = Path(__file__).parents[1]
+
+
+def module(name: str):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    sys.modules[name] = made
+    spec.loader.exec_module(made)
+    return made
+
+
+reproduce, report = module("reproduce_small"), module("reproduction_report")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """The documented layout, from the example's records."""
+    folder = tmp_path / "data"
+    (folder / "train").mkdir(parents=True)
+    for source, name in (
+        ("pretrain_data", "stage1_train"),
+        ("pretrain_data", "stage1_val"),
+        ("instruction_data", "instruction_train"),
+        ("end_to_end_data", "e2e_train"),
+    ):
+        lines = (ROOT / "example" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:30]
+        (folder / "train" / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "eval").mkdir()
+    return folder
+
+
+def flags(data: Path, base: Path, tmp_path: Path, *more: str) -> list[str]:
+    return ["--data", str(data), "--base", str(base), "--work", str(tmp_path / "work"), *more]
+
+
+def plan(data: Path, base: Path, tmp_path: Path, part: str):
+    made = reproduce.Plan(reproduce.parse(flags(data, base, tmp_path, "--part", part)))
+    made.main_runs()
+    made.ablations()
+    return made
+
+
+@pytest.mark.parametrize("part", ["full", "token"])
+def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_dir, tmp_path, part):
+    base = base_dir("mistral")
+    steps = plan(data, base, tmp_path, part).steps
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names) and len({step.done for step in steps}) == len(steps)
+    trained = []
+    for step in steps:
+        program, given = step.command[2], step.command[3:]
+        if program == "openrlhf.cli.train_sft":
+            config = train_sft.parse(given)
+            assert config.bf16 and config.load_checkpoint and config.save_path == str(step.done.parent)
+            start = config.pretrain_checkpoint
+            assert start is None or Path(start).relative_to(tmp_path / "work" / "checkpoints").as_posix() in trained
+            trained.append(step.name)
+        elif program == "evaluation.evaluate":
+            config = evaluate.parse(given)
+            assert Path(config.checkpoint).relative_to(tmp_path / "work" / "checkpoints").as_posix() in trained
+            assert Path(config.output_dir) == step.done.parent
+        else:
+            assert step.name.startswith("fresh questions")
+    assert "text_rag" in trained and "stage2_rate16" in trained
+    assert ("ablation/without_mse/stage2" in trained) == (part == "full")
+
+
+def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mistral, tmp_path):
+    pool = [json.loads(line) for line in (data / "train" / "e2e_train.jsonl").read_text().splitlines()[:2]]
+    (data / "extra").mkdir()
+    passages = [doc for row in pool for doc in row["docs"]]
+    (data / "extra" / "train_corpus.jsonl").write_text(
+        "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(passages))
+    )
+    first = len(pool[0]["docs"])
+    ids = [list(range(first)), list(range(first, len(passages)))]
+    more = [{**row, "doc_ids": i, "split": split} for row, i, split in zip(pool, ids, ("train", "dev"), strict=True)]
+    (data / "extra" / "e2e_all_ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    target = tmp_path / "prepared"
+    reproduce.prepare(data, target, str(mistral))
+    assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, "30 of the file and one of the pool's two"
+    assert len(load_records(str(target / "instruction.jsonl"), "stage1_2")) == 30
+    openings = [json.loads(line) for line in (target / "warm_up.jsonl").read_text().splitlines()]
+    assert openings and all(row["docs"] == row["answers"] for row in openings)
+    originals = [row["docs"][0].split("\n", 1)[-1] for row in load_records(str(target / "stage1.jsonl"), "stage1")]
+    assert all(any(text.startswith(row["docs"][0][:20]) for text in originals) for row in openings)
+    assert {row["data_type"] for row in load_records(str(target / "stage1_qa.jsonl"), "stage1")} == {"qa"}
+    before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
+    reproduce.prepare(data, target, str(mistral))
+    assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
+
+
+def step(folder: Path, name: str, code: str) -> "reproduce.Step":
+    return reproduce.Step(name, [sys.executable, "-c", code], folder / name)
+
+
+def test_a_slice_ends_a_step_and_the_next_goes_on_with_it(tmp_path):
+    tries = tmp_path / "tries"
+    first = step(tmp_path, "quick", f"open({str(tmp_path / 'quick')!r}, 'w')")
+    code = (
+        "import pathlib, time\n"
+        f"tries = pathlib.Path({str(tries)!r})\n"
+        "seen = tries.exists()\n"
+        "tries.write_text('once')\n"
+        f"time.sleep(0 if seen else 120)\npathlib.Path({str(tmp_path / 'long')!r}).touch()"
+    )
+    second = step(tmp_path, "long", code)
+    assert reproduce.run([first, second], tmp_path, 6) is False
+    assert first.done.is_file() and not second.done.is_file()
+    stamp = first.done.stat().st_mtime_ns
+    assert reproduce.run([first, second], tmp_path, 60) is True
+    assert second.done.is_file() and first.done.stat().st_mtime_ns == stamp
+    seconds = json.loads((tmp_path / "seconds.json").read_text())
+    assert seconds["long"] > 0 and seconds["quick"] > 0
+
+
+def test_a_step_that_fails_or_leaves_no_result_ends_the_run(tmp_path):
+    for code in ("raise SystemExit(3)", "pass"):
+        with pytest.raises(SystemExit, match="broken failed"):
+            reproduce.run([step(tmp_path, "broken", code)], tmp_path, 0)
+
+
+def test_missing_data_are_named_before_anything_runs(tmp_path, mistral, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.parse(flags(tmp_path, mistral, tmp_path))
+    assert "stage1_train.jsonl" in capsys.readouterr().err
+
+
+def figures(values: dict[tuple, float]) -> list[dict]:
+    keys = ("dataset", "setting", "system", "metric")
+    return [
+        {**dict(zip(keys, key, strict=True)), "value": value, "low": value - 0.1, "high": value + 0.1, "n": 5}
+        for key, value in values.items()
+    ]
+
+
+def results(work: Path, name: str, suite: str, values: dict[tuple, float]) -> None:
+    folder = work / "results" / name
+    folder.mkdir(parents=True)
+    written = {
+        "format": 1, "suite": suite, "config": {}, "data": [{"questions": 5}], "systems": {}, "device": "cpu",
+        "versions": {"torch": "2", "transformers": "5"}, "started": "2026-01-01T00:00:00", "command": "python -m x",
+        "git": {"commit": "0123456789ab"}, "figures": figures(values),
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(written))
+
+
+def test_the_page_says_which_aims_were_met_and_what_was_not_run(tmp_path):
+    work = tmp_path / "work"
+    (work / "checkpoints").mkdir(parents=True)
+    (work / "seconds.json").write_text("{}")
+    tuned = ("average", "normal", "text_rag_tuned", "cover_em")
+    ours = ("average", "normal", "clara", "cover_em")
+    results(work, "stage1_2_rate16_read", "instruction_tuning", {ours: 0.38, tuned: 0.40})
+    recall = {(d, "oracle", "clara", "recall_5"): v for d, v in (("nq", 0.8), ("hotpotqa", 0.7), ("musique", 0.5))}
+    recall |= {("2wiki", "oracle", "clara", "recall_5"): 0.6, ("average", "oracle", "clara", "recall_5"): 0.65}
+    bm25 = {(d, "oracle", "bm25", "recall_5"): 0.55 for d in ("nq", "hotpotqa", "musique", "2wiki")}
+    results(work, "stage2_rate16_select", "end_to_end", recall | bm25)
+    results(work, "stage1_2_rate16_select", "end_to_end", {("average", "oracle", "clara", "recall_5"): 0.55})
+    out = tmp_path / "page.md"
+    left = tmp_path / "left.json"
+    left.write_text('["stage2_rate4"]')
+    command = [
+        sys.executable,
+        "scripts/reproduction_report.py",
+        "--work",
+        str(work),
+        "--out",
+        str(out),
+        "--part",
+        "token",
+    ]
+    subprocess.run([*command, "--not_run", str(left)], cwd=ROOT, check=True, env=None)
+    lines = out.read_text(encoding="utf-8").splitlines()
+    aims = {
+        line.split(" | ")[0].strip("| "): line for line in lines if line.endswith(("met |", "missed |", "measured |"))
+    }
+    assert "38.0 [28.0, 48.0]" in aims["answers at rate 16: Cover-EM, Normal, against fine-tuned full text"]
+    assert aims["answers at rate 16: Cover-EM, Normal, against fine-tuned full text"].endswith("| met |")
+    assert aims["answers at rate 4: Cover-EM, Normal, against fine-tuned full text"].endswith("| not measured |")
+    assert aims["Recall@5 at rate 16, Oracle, above BM25"].endswith("| on 3 of 4 sets (on 3) | met |")
+    assert aims["the same on HotpotQA at rate 16"].endswith("| missed |")
+    assert aims["the same, against before stage 2 at rate 16"].endswith("| missed |")
+    text = out.read_text(encoding="utf-8")
+    assert "`stage2_rate4`" in text and "not a measurement of the method" in text
+
+
+def test_no_page_is_written_from_nothing(tmp_path):
+    (tmp_path / "results").mkdir()
+    with pytest.raises(ValueError, match="holds no measurement yet"):
+        report.page(tmp_path, "full", [])
+
+
+def test_fresh_answers_are_right_when_they_hold_a_gold_answer():
+    ask = module("ask_fresh")
+    assert ask.is_right("It was built by Tobias Lindqvist.", ["Tobias Lindqvist"])
+    assert ask.is_right("A white otter", ["otter", "fox"]) and not ask.is_right("Tobias built it", ["Tobias Lindqvist"])
+
+
+def test_a_list_of_steps_runs_nothing(data, mistral, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["reproduce_small", *flags(data, mistral, tmp_path, "--part", "token", "--list")])
+    reproduce.main()
+    shown = capsys.readouterr().out
+    assert "to do  stage2_rate16" in shown and not (tmp_path / "work").exists()
