@@ -41,8 +41,8 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
     if config.suite == END_TO_END and not selects and not config.copy_compressor:
         raise ValueError(
             f"{root} is a {trained} checkpoint without a query reasoner, and the end_to_end suite selects documents "
-            "with one: give a stage2 checkpoint, run --suite instruction_tuning (all documents are read), or let a copy "
-            "of its compressor select, as stage 2 starts: --copy_compressor"
+            "with one: give a stage2 checkpoint, run --suite instruction_tuning (all documents are read), or let a "
+            "copy of its compressor select, as stage 2 starts: --copy_compressor"
         )
     places = [root, *list(root.parents)[: len(Path(config.subfolder).parts)]]
     if ours.prompts is None and not (public and read_prompts(places)):
