@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from openrlhf.datasets.records import load_records
 from openrlhf.models.adapters import DECODER
-from openrlhf.models.generation import greedy, new_cache
+from openrlhf.models.generation import gather, new_cache, steps
 from openrlhf.models.modeling_clara import CLaRa
 
 K = 5
@@ -53,7 +53,8 @@ def ours(model: CLaRa, prompts: Prompts, tokens: int) -> list[list[int]]:
     with model.router.route(DECODER):
         cache = new_cache(model.decoder.config)
         parts = (model.decoder, model.embed, model.base_logits)
-        return greedy(*parts, prompts.embeds_BTD, prompts.mask_BT, cache, [], tokens)
+        written = steps(*parts, prompts.embeds_BTD, prompts.mask_BT, cache, [], tokens)
+        return gather(len(prompts.embeds_BTD), written)
 
 
 def main() -> None:

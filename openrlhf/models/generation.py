@@ -1,4 +1,4 @@
-"""Greedy decoding over embeddings: prompts in, new token ids out. Knows nothing about text, documents or adapters.
+"""Decoding over embeddings, greedy or sampled: prompts in, new token ids out. Knows nothing about text or adapters.
 
 Differs from transformers' `generate` where that costs time: the start that all prompts share goes through the model
 once, keys and values are written into room kept for them instead of being copied for every token, and rows that have
@@ -6,7 +6,7 @@ ended leave the batch.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -79,7 +79,39 @@ def repeat_cache(cache: DynamicCache, batch: int) -> DynamicCache:
     return repeated
 
 
-def greedy(
+Choose = Callable[[torch.Tensor], torch.Tensor]
+"""Logits `[B, V]` of a step → the token of each row `[B]`."""
+
+
+def most_likely(logits_BV: torch.Tensor) -> torch.Tensor:
+    """Greedy choice."""
+    return logits_BV.argmax(-1)
+
+
+def sampler(temperature: float, seed: int) -> Choose:
+    """Draws from softmax(logits / temperature); the most likely token at temperature 0.
+
+    One number is drawn a step and used for every row, so that what a row becomes does not depend on its batch.
+
+    Raises:
+        ValueError: a negative temperature.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if temperature == 0:
+        return most_likely
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits_BV: torch.Tensor) -> torch.Tensor:
+        below_BV = torch.softmax(logits_BV.double() / temperature, -1).cumsum(-1)
+        # In units of each row's own sum, which rounding keeps from 1.
+        drawn_B1 = torch.rand((), generator=generator, dtype=torch.float64).to(below_BV.device) * below_BV[:, -1:]
+        return torch.searchsorted(below_BV, drawn_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
+
+    return choose
+
+
+def steps(
     decoder: Any,
     embed: Callable[[torch.Tensor], torch.Tensor],
     head: Callable[[torch.Tensor], torch.Tensor],
@@ -88,8 +120,9 @@ def greedy(
     cache: DynamicCache,
     stop_ids: list[int],
     max_new_tokens: int,
-) -> list[list[int]]:
-    """The most likely token after another, until one of `stop_ids` (left out) or `max_new_tokens`.
+    choose: Choose = most_likely,
+) -> Iterator[list[tuple[int, int]]]:
+    """One token after another, until one of `stop_ids` (left out) or `max_new_tokens`: (row, token) of each step.
 
     Args:
         decoder: a causal LM.
@@ -99,16 +132,17 @@ def greedy(
         mask_BT: int64, over the cache and `embeds_BTD`; padding is 0.
         cache: from `new_cache` or `repeat_cache`; is used up.
     """
-    written: list[list[int]] = [[] for _ in range(len(embeds_BTD))]
-    open_rows = list(range(len(written)))  # of each row in the batch; those that have ended may still be among them
+    open_rows = list(range(len(embeds_BTD)))  # of each row in the batch; those that have ended may still be among them
     ended: set[int] = set()
     for step in range(max_new_tokens):
-        token_B = head(read(decoder, embeds_BTD, mask_BT, cache)).argmax(-1)
+        token_B = choose(head(read(decoder, embeds_BTD, mask_BT, cache)))
+        written = []
         for row, token in zip(open_rows, token_B.tolist(), strict=True):
             if token in stop_ids:
                 ended.add(row)
             elif row not in ended:
-                written[row].append(token)
+                written.append((row, token))
+        yield written
         kept = [i for i, row in enumerate(open_rows) if row not in ended]
         if not kept or step == max_new_tokens - 1:
             break
@@ -118,4 +152,12 @@ def greedy(
             token_B, mask_BT, open_rows = token_B[chosen], mask_BT[chosen], [open_rows[i] for i in kept]
         mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
         embeds_BTD = embed(token_B.unsqueeze(1))
-    return written
+
+
+def gather(batch: int, written: Iterator[list[tuple[int, int]]]) -> list[list[int]]:
+    """All tokens of each row, from `steps`."""
+    rows: list[list[int]] = [[] for _ in range(batch)]
+    for step in written:
+        for row, token in step:
+            rows[row].append(token)
+    return rows

@@ -35,7 +35,7 @@ from .adapters import (
 from .checkpoint import load_decoder, load_pretrained, save_pretrained
 from .configuration_clara import STAGES, CLaRaConfig
 from .document_cache import DocumentCache
-from .generation import greedy, new_cache, read, repeat_cache
+from .generation import gather, new_cache, read, repeat_cache, sampler, steps
 from .lora import LoraLinear, fixed_linear
 from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE
 from .selection import retrieval_loss, select_documents
@@ -509,8 +509,10 @@ class CLaRa(PreTrainedModel):
         docs: list[torch.Tensor] | None = None,
         max_new_tokens: int | None = None,
         adapter: str | None = DECODER,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[str]:
-        """Greedy texts for ready prompts, in batches of like length.
+        """Texts for ready prompts, in batches of like length: greedy, or drawn at a temperature above 0.
 
         Args:
             prompts: from `build_prompt`, `text_prompt` or `tokens.plain_prompt`.
@@ -525,13 +527,7 @@ class CLaRa(PreTrainedModel):
         if docs is None:
             shape = (0, self.config.n_memory_tokens, self.decoder.config.hidden_size)
             docs = [torch.empty(shape, device=self.device)] * len(prompts)
-        limit = getattr(self.decoder.config, "max_position_embeddings", None)
-        longest = max((len(p.ids) for p in prompts), default=0)
-        if limit and longest + max_new_tokens > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the base model's {limit}: "
-                "give fewer documents or lower max_new_tokens"
-            )
+        self._check_positions(prompts, max_new_tokens)
         stop_ids = self._stop_ids()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         texts = [""] * len(prompts)
@@ -548,13 +544,67 @@ class CLaRa(PreTrainedModel):
                 counts = torch.tensor([len(docs[i]) for i in chosen])
                 embeds_BTD = self.place(ids.to(self.device), torch.cat([docs[i] for i in chosen]), counts)
                 cache = repeat_cache(start, len(chosen))
-                new = greedy(
-                    self.decoder, self.embed, self.base_logits, embeds_BTD, mask, cache, stop_ids, max_new_tokens
-                )
+                choose = sampler(temperature, seed)
+                parts = (self.decoder, self.embed, self.base_logits)
+                new = gather(len(chosen), steps(*parts, embeds_BTD, mask, cache, stop_ids, max_new_tokens, choose))
                 decoded = self.tokens.tokenizer.batch_decode(new, skip_special_tokens=True)
                 for i, text in zip(chosen, decoded, strict=True):
                     texts[i] = text.strip()
         return texts
+
+    def stream_from_prompt(
+        self,
+        prompt: Prompt,
+        docs_KLD: torch.Tensor | None = None,
+        max_new_tokens: int | None = None,
+        adapter: str | None = DECODER,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """The text that `generate_from_prompts` gives for one prompt, piece by piece as it is written.
+
+        A piece is whole characters; the start's white space is left out. The model is in eval mode and routed only
+        while a piece is made, so that other calls may come between two.
+        """
+        max_new_tokens = max_new_tokens or self.config.max_new_tokens
+        self._check_positions([prompt], max_new_tokens)
+        ids, mask = self.tokens.pad_left([prompt.ids])
+        if docs_KLD is None:
+            docs_KLD = torch.empty(0, self.config.n_memory_tokens, self.decoder.config.hidden_size)
+        cache, stop_ids = new_cache(self.decoder.config), self._stop_ids()
+        tokens: list[int] = []
+        sent = ""
+        with torch.no_grad():
+            counts = torch.tensor([len(docs_KLD)])
+            embeds_1TD = self.place(ids.to(self.device), docs_KLD.to(self.device), counts)
+        parts = (self.decoder, self.embed, self.base_logits)
+        choose = sampler(temperature, seed)
+        made = steps(*parts, embeds_1TD, mask.to(self.device), cache, stop_ids, max_new_tokens, choose)
+        while True:
+            with torch.no_grad(), self.frozen(), self.router.route(adapter):
+                step = next(made, None)
+            if step is None:
+                break
+            tokens += [token for _, token in step]
+            text = str(self.tokens.tokenizer.decode(tokens, skip_special_tokens=True)).lstrip()
+            # What may still change is held back: a character of several tokens, and white space that may end it all.
+            ready = text.rstrip("\ufffd").rstrip()
+            if len(ready) > len(sent) and ready.startswith(sent):
+                yield ready[len(sent) :]
+                sent = ready
+        rest = str(self.tokens.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        if len(rest) > len(sent):
+            yield rest[len(sent) :]
+
+    def _check_positions(self, prompts: list[Prompt], max_new_tokens: int) -> None:
+        """Raises ValueError when a prompt with its new tokens is longer than the base model's positions."""
+        limit = getattr(self.decoder.config, "max_position_embeddings", None)
+        longest = max((len(p.ids) for p in prompts), default=0)
+        if limit and longest + max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the base model's {limit}: "
+                "give fewer documents or lower max_new_tokens"
+            )
 
     def _shared_start(self, prompts: list[Prompt]) -> list[int]:
         """Ids that several prompts begin with, before any document and shorter than each of them."""

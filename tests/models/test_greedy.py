@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from openrlhf.models import modeling_clara
 from openrlhf.models.adapters import DECODER
-from openrlhf.models.generation import RoomyLayer, greedy, new_cache, read, repeat_cache
+from openrlhf.models.generation import RoomyLayer, gather, new_cache, read, repeat_cache, sampler, steps
 from openrlhf.models.modeling_clara import CLaRa
 from tests.tiny import DOCS, QUESTIONS, new_model
 
@@ -29,7 +30,8 @@ def expected(model: CLaRa, embeds: torch.Tensor, mask: torch.Tensor, stop: list[
 def written(model: CLaRa, embeds: torch.Tensor, mask: torch.Tensor, stop: list[int], new: int) -> list[list[int]]:
     with model.router.route(DECODER):
         cache = new_cache(model.decoder.config)
-        return greedy(model.decoder, model.embed, model.base_logits, embeds, mask, cache, stop, new)
+        parts = (model.decoder, model.embed, model.base_logits)
+        return gather(len(embeds), steps(*parts, embeds, mask, cache, stop, new))
 
 
 def inputs(model: CLaRa, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +87,9 @@ def test_a_start_read_once_serves_every_row(model):
         once = new_cache(model.decoder.config)
         read(model.decoder, start[:1], torch.ones(1, 4, dtype=torch.long), once)
         results = [
-            greedy(model.decoder, model.embed, model.base_logits, rest, whole_mask, repeat_cache(once, 3), [], 20)
+            gather(
+                3, steps(model.decoder, model.embed, model.base_logits, rest, whole_mask, repeat_cache(once, 3), [], 20)
+            )
             for _ in range(2)
         ]
     assert results[0] == results[1], "the start must not be used up"
@@ -122,3 +126,55 @@ def test_a_roomy_layer_holds_what_a_growing_one_holds():
             roomy.batch_select_indices(torch.tensor([0, 1, 3]))
             plain.batch_select_indices(torch.tensor([0, 1, 3]))
     assert roomy.get_seq_length() == plain.get_seq_length() == 77
+
+
+def test_drawn_tokens_follow_the_softmax_at_their_temperature():
+    logits = torch.tensor([2.0, 1.0, 0.0, -30.0]).repeat(1, 1)
+    choose = sampler(0.5, seed=3)
+    drawn = torch.stack([choose(logits) for _ in range(4000)]).flatten()
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(shares, torch.softmax(logits[0] / 0.5, -1), atol=0.03, rtol=0)
+    assert shares[3] == 0
+
+
+def test_a_row_is_drawn_alike_alone_and_in_any_batch():
+    logits = torch.randn(5, 40)
+    whole, alone = sampler(1.0, seed=7), [sampler(1.0, seed=7) for _ in range(5)]
+    for _ in range(20):
+        assert whole(logits).tolist() == [int(one(logits[i : i + 1])) for i, one in enumerate(alone)]
+    assert sampler(0.0, seed=1)(logits).tolist() == logits.argmax(-1).tolist()
+    with pytest.raises(ValueError, match="at least 0"):
+        sampler(-0.1, seed=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_stream_is_the_text_that_generating_gives(model, temperature):
+    documents, _ = model.compress_documents(DOCS[:2])
+    prompts = [model.answer_prompt(question, 2) for question in QUESTIONS]
+    options = {"temperature": temperature, "seed": 5}
+    whole = model.generate_from_prompts(prompts, [documents] * len(prompts), 40, **options)
+    streams = [model.stream_from_prompt(prompt, documents, 40, **options) for prompt in prompts]
+    texts = [""] * len(streams)
+    still = list(range(len(streams)))
+    pieces = 0
+    while still:  # in turn, so that each comes between two pieces of another
+        for i in list(still):
+            piece = next(streams[i], None)
+            if piece is None:
+                still.remove(i)
+            else:
+                assert piece and "\ufffd" not in piece[:-1]
+                texts[i] += piece
+                pieces += 1
+    assert texts == whole and (pieces > len(texts) or not any(whole))
+    if temperature:
+        again = model.generate_from_prompts(prompts, [documents] * len(prompts), 40, temperature=temperature, seed=6)
+        assert again != whole
+
+
+def test_a_streams_pieces_are_whole_characters(model, monkeypatch):
+    text = "naïve 東京 and 😀 end"
+    ids = model.tokens.plain_ids([text])[0]
+    monkeypatch.setattr(modeling_clara, "steps", lambda *_: iter([[(0, token)] for token in ids]))
+    pieces = list(model.stream_from_prompt(model.tokens.plain_prompt("Say it.", "Now."), None, 9))
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
