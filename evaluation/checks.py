@@ -1,5 +1,6 @@
 """What is found out before a model loads: the checkpoint's stage, missing libraries, the state of --output_dir."""
 
+import filecmp
 import hashlib
 import json
 import shutil
@@ -12,15 +13,26 @@ from evaluation.llmlingua import check_llmlingua
 from evaluation.paraphrase import check_bert_model, check_entity_model
 from evaluation.questions import END_TO_END, PRETRAINING
 from evaluation.rankers import check_ranker
-from evaluation.report_data import PREDICTIONS_FILE, RESULTS_FILE
-from openrlhf.models.adapters import ADAPTERS, QUERY, WEIGHTS_FILE
+from evaluation.report_data import PREDICTIONS_FILE, RESULTS_FILE, own_name
+from openrlhf.models.adapters import ADAPTERS, DECODER, QUERY, WEIGHTS_FILE
 from openrlhf.models.checkpoint import CONFIG_FILE, EMBEDDINGS_FILE, find_base, find_checkpoint, read_config
+from openrlhf.models.configuration_clara import TEXT_RAG, CLaRaConfig
 from openrlhf.models.public_format import ADAPTERS_FILE, read_prompts
 from openrlhf.utils.logging import write_whole
 
 TABLE, RUN, WORK = "table.md", "run.json", "work"
 # Where things are does not change a result; `run_facts` has the hashes of what they hold.
-PLACES = ("output_dir", "overwrite", "checkpoint", "subfolder", "model_path", "base_model", "eval_data")
+PLACES = (
+    *("output_dir", "overwrite", "checkpoint", "subfolder", "model_path", "base_model", "eval_data"),
+    "text_rag_checkpoint",
+)
+
+
+def known_prompts(root: Path, config: CLaRaConfig, subfolder: str) -> dict | None:
+    """The prompts of the checkpoint in `root`, from wherever it carries them."""
+    if config.prompts is not None or not (root / ADAPTERS_FILE).is_file():
+        return config.prompts
+    return read_prompts([root, *list(root.parents)[: len(Path(subfolder).parts)]])
 
 
 def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
@@ -35,6 +47,11 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
     ours, saved = read_config(root, None, override)
     public = (root / ADAPTERS_FILE).is_file()
     trained = saved.training_stage
+    if trained == TEXT_RAG:
+        raise ValueError(
+            f"{root} is a text_rag checkpoint, which has no compressor: give it as --text_rag_checkpoint, beside a "
+            "CLaRa checkpoint of the same base model as --checkpoint"
+        )
     selects = trained.startswith("stage2") and (public or (root / QUERY).is_dir())
     if config.copy_compressor and trained.startswith("stage2"):
         raise ValueError(f"{root} is a {trained} checkpoint: --copy_compressor is for those from before stage 2")
@@ -44,8 +61,7 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
             "with one: give a stage2 checkpoint, run --suite instruction_tuning (all documents are read), or let a "
             "copy of its compressor select, as stage 2 starts: --copy_compressor"
         )
-    places = [root, *list(root.parents)[: len(Path(config.subfolder).parts)]]
-    if ours.prompts is None and not (public and read_prompts(places)):
+    if known_prompts(root, ours, config.subfolder) is None:
         raise ValueError(
             f"{root} carries no prompts, and nothing can be generated without them: keep the modeling_clara.py that it "
             "came with in its directory"
@@ -61,6 +77,67 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
         "generation_top_k": config.generation_top_k or ours.generation_top_k,
         "max_new_tokens": config.max_new_tokens or ours.max_new_tokens,
     }
+
+
+def check_text_rag(config: EvaluationConfig, clara_root: Path, base: str) -> Path | None:
+    """The directory of --text_rag_checkpoint, None without it; no weight is read.
+
+    Args:
+        clara_root: the CLaRa checkpoint's directory.
+        base: where its base model was found. With --model_path both use that one, so it is enough that the checkpoints
+            name theirs alike.
+
+    Raises:
+        FileNotFoundError: the checkpoint, its adapter or its base model is missing.
+        ValueError: it is of another stage, or of another base model, rank, length of documents or prompt, so that the
+            two could not be compared.
+    """
+    if not config.text_rag_checkpoint:
+        return None
+    clara, _ = read_config(clara_root, None, {})
+    clara.prompts = known_prompts(clara_root, clara, config.subfolder)
+    root = find_checkpoint(config.text_rag_checkpoint)
+    text, _ = read_config(root, None, {})
+    if text.training_stage != TEXT_RAG:
+        raise ValueError(
+            f"--text_rag_checkpoint {root} is a {text.training_stage} checkpoint: give one that train_sft --stage "
+            "text_rag has made"
+        )
+    if not (root / DECODER / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"{root / DECODER / WEIGHTS_FILE} is missing: the checkpoint is not complete")
+    pairs = {name: (getattr(clara, name), getattr(text, name)) for name in ("lora_r", "doc_max_length")}
+    if not (config.model_path and own_name(clara.decoder_model_name) == own_name(text.decoder_model_name)):
+        theirs, _ = find_base(text.decoder_model_name, root, Path.cwd())
+        pairs["base model"] = base, base if same_base(base, theirs) else theirs
+    for name in ("answer_system", "answer_user"):
+        pairs[f"prompt {name}"] = (clara.prompts or {})[name], (text.prompts or {}).get(name)
+    different = [f"{name} {theirs!r} and not {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+    if different:
+        raise ValueError(
+            f"--text_rag_checkpoint {root} cannot be compared with --checkpoint: it has {'; '.join(different)}. Train "
+            "one with the settings of the CLaRa checkpoint"
+        )
+    return root
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two base models are one: the same place, or directories with the same config and weights in them."""
+    if one == other or not (Path(one).is_dir() and Path(other).is_dir()):
+        return one == other
+    found = [path for root in (one, other) for path in Path(root).iterdir()]
+    names = {path.name for path in found if path.name == CONFIG_FILE or path.suffix in (".safetensors", ".bin")}
+    _, different, missing = filecmp.cmpfiles(one, other, names, shallow=False)
+    return not different and not missing
+
+
+def adapters_hash(root: Path) -> str:
+    """Of everything in a checkpoint that an answer depends on."""
+    digest = hashlib.sha256()
+    files = [CONFIG_FILE, EMBEDDINGS_FILE, ADAPTERS_FILE, *(f"{name}/{WEIGHTS_FILE}" for name in ADAPTERS)]
+    for path in [root / name for name in files]:
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def check_models(config: EvaluationConfig) -> None:
@@ -104,17 +181,13 @@ def open_output(config: EvaluationConfig, run: dict) -> None:
     write_whole(path, json.dumps(run, indent=1))
 
 
-def run_facts(config: EvaluationConfig, root: Path, facts: dict, data: list[dict]) -> dict:
+def run_facts(config: EvaluationConfig, root: Path, facts: dict, data: list[dict], text_rag: Path | None) -> dict:
     """What a run that is taken up again must agree with: settings, data and weights."""
-    digest = hashlib.sha256()
-    files = [CONFIG_FILE, EMBEDDINGS_FILE, ADAPTERS_FILE, *(f"{name}/{WEIGHTS_FILE}" for name in ADAPTERS)]
-    for path in [root / name for name in files]:
-        if path.is_file():
-            digest.update(path.read_bytes())
     settings = {key: value for key, value in {**asdict(config), **facts}.items() if key not in PLACES}
     hashes = [[each["dataset"], each["setting"], each["sha256"]] for each in data]
     return {
         **settings,
-        "weights": digest.hexdigest(),
+        "weights": adapters_hash(root),
         "data": hashes,
+        **({"text_rag_weights": adapters_hash(text_rag)} if text_rag else {}),
     }

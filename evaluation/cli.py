@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 
 from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config
+from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.models.modeling_clara import CLaRa
 
 
@@ -30,6 +31,8 @@ def check_checkpoint(name: str, model_path: str | None) -> Path:
         raise FileNotFoundError(f"{name} is no directory: give the directory of a CLaRa checkpoint")
     root = find_checkpoint(name)
     config, _ = read_config(root, None, {})
+    if config.training_stage == TEXT_RAG:
+        raise ValueError(f"{root} is a text_rag checkpoint, which has no vectors: give a CLaRa checkpoint")
     base = model_path or config.decoder_model_name
     try:
         find_base(base, root, Path.cwd())

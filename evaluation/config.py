@@ -53,6 +53,9 @@ class EvaluationConfig:
     baselines: bool = _flag(True, "measure closed book, text RAG, oracle text, random and BM25 too")
     dense_model: str | None = _flag(None, "sentence-transformers model to rank with")
     cross_encoder: str | None = _flag(None, "sentence-transformers cross-encoder to rank with")
+    text_rag_checkpoint: str | None = _flag(
+        None, "checkpoint of stage text_rag on the same base model: text RAG and oracle text with its adapter too"
+    )
     llmlingua_model: str | None = _flag(None, "LLMLingua-2 model: text RAG over passages compressed to CLaRa's budget")
     bertscore_model: str | None = _flag(None, "pretraining suite: model for BERTScore")
     entity_model: str | None = _flag(None, "pretraining suite: spaCy model for the preservation of named entities")
@@ -70,7 +73,7 @@ class EvaluationConfig:
         if self.copy_compressor and self.suite != END_TO_END:
             problems.append("--copy_compressor selects documents, which only --suite end_to_end does")
         self.dataset_names = list(dict.fromkeys(names(self.datasets)))
-        for name in ("dense_model", "cross_encoder", "llmlingua_model"):
+        for name in ("dense_model", "cross_encoder", "text_rag_checkpoint", "llmlingua_model"):
             if getattr(self, name) and (not self.baselines or self.suite == PRETRAINING):
                 problems.append(f"--{name} is a baseline: it needs --baselines and a suite that answers questions")
         for name in ("bertscore_model", "entity_model"):

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from evaluation import systems
-from evaluation.checks import TABLE, WORK, check_checkpoint, check_models, open_output, run_facts
+from evaluation.checks import TABLE, WORK, check_checkpoint, check_models, check_text_rag, open_output, run_facts
 from evaluation.config import EvaluationConfig
 from evaluation.paper import paper_rows
 from evaluation.questions import END_TO_END, PRETRAINING, Question, dataset_files, file_facts, load_questions
@@ -31,6 +31,7 @@ from evaluation.report_data import PREDICTIONS_FILE, RESULTS_FILE, RESULTS_FORMA
 from evaluation.results import add_paraphrase_scores, git_state, notes, prediction_line, versions
 from evaluation.runner import OutOfMemory, Runner
 from evaluation.scoring import figures, markdown_table
+from openrlhf.models.adapters import DECODER, read_adapter
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.utils.logging import set_up_logging, write_whole
 
@@ -58,6 +59,9 @@ def load(config: EvaluationConfig, work: "Work", device: torch.device) -> CLaRa:
     model = CLaRa.from_pretrained(config.checkpoint, subfolder=config.subfolder, dtype=dtype, **options)
     if model.config.quantization == "no":
         model.to(device)  # type: ignore[arg-type]
+    if work.text_rag is not None:
+        weights = read_adapter(work.text_rag / DECODER, model.config.lora_r)
+        model.attach_adapter(systems.TEXT_RAG_ADAPTER, weights, str(work.text_rag))
     model.inference_batch = config.batch_size
     return model
 
@@ -85,7 +89,7 @@ def answer_all(
     documents = runner.compress(texts, [len(row) for row in rows], lambda part: model.compress_documents(part)[0])
     runner.generate(systems.CLARA, questions, lengths, systems.clara(model, documents, config.suite, new_tokens))
     for name, reader in readers.items():
-        systems.answer_texts(name, reader, runner, systems.bare(model, new_tokens))
+        systems.answer_texts(name, reader, runner, systems.plain(model, reader.adapter, new_tokens))
     runner.state.wait_for_everyone()
     described = {systems.CLARA: clara_description(config, facts)}
     described |= {name: reader.description for name, reader in readers.items()}
@@ -131,6 +135,7 @@ class Work:
     facts: dict
     questions: dict[str, list[Question]]
     data: list[dict]
+    text_rag: Path | None = None
 
 
 def prepare(config: EvaluationConfig) -> Work:
@@ -140,8 +145,9 @@ def prepare(config: EvaluationConfig) -> Work:
         ValueError, OSError: something cannot be evaluated; the message says what to do.
     """
     root, facts = check_checkpoint(config)
+    text_rag = check_text_rag(config, root, facts["base_model"])
     check_models(config)
-    work = Work(root, facts, {}, [])
+    work = Work(root, facts, {}, [], text_rag)
     files = dataset_files(config.eval_data, config.suite, config.dataset_names, config.settings)
     for dataset, by_setting in files.items():
         work.questions[dataset] = load_questions(by_setting, dataset, config.suite, config.max_questions)
@@ -212,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if state.is_main_process:  # alone, so that an error is said once
             work = prepare(config)
-            open_output(config, run_facts(config, work.root, work.facts, work.data))
+            open_output(config, run_facts(config, work.root, work.facts, work.data, work.text_rag))
         state.wait_for_everyone()
         if (target / RESULTS_FILE).is_file():
             logger.info("%s is finished already; --overwrite measures again", target)

@@ -26,6 +26,8 @@ BASELINE_COLORS = {
     "closed_book": "#56B4E9",
     "text_rag": "#882255",
     "oracle_text": "#332288",
+    "text_rag_tuned": "#CC6677",
+    "oracle_text_tuned": "#6699CC",
     "llmlingua2": "#AA4499",
     "random": "#999933",
     "bm25": "#E69F00",

@@ -49,6 +49,7 @@ _SHOWN_CONFIG = {
     "first_answer_only": "first gold answer only",
     "dense_model": "dense model",
     "cross_encoder": "cross-encoder",
+    "text_rag_checkpoint": "fine-tuned text RAG",
     "llmlingua_model": "LLMLingua model",
 }
 

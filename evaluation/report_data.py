@@ -16,6 +16,8 @@ SYSTEM_LABELS = {
     "closed_book": "closed book",
     "text_rag": "text RAG",
     "oracle_text": "gold passages as text",
+    "text_rag_tuned": "text RAG, fine-tuned",
+    "oracle_text_tuned": "gold passages, fine-tuned",
     "llmlingua2": "LLMLingua-2",
     "random": "random order",
     "bm25": "BM25",

@@ -5,7 +5,7 @@ read passages cut where the compressor cuts them, in CLaRa's own answer prompt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,16 +22,23 @@ from openrlhf.models.selection import select_documents
 from openrlhf.models.tokens import Prompt
 
 CLARA, CLOSED_BOOK, TEXT_RAG, ORACLE_TEXT, LLMLINGUA = SYSTEM, "closed_book", "text_rag", "oracle_text", "llmlingua2"
+TEXT_RAG_TUNED, ORACLE_TEXT_TUNED = "text_rag_tuned", "oracle_text_tuned"
 RANDOM, BM25, DENSE, CROSS_ENCODER = "random", "bm25", "dense", "cross_encoder"
+TEXT_RAG_ADAPTER = "text_rag_adapter"
+"""The generator adapter of --text_rag_checkpoint, beside CLaRa's own on the same base model."""
 
 
 @dataclass
 class TextSystem:
-    """A baseline that answers from text: a prompt for each question it can answer, and what that prompt holds."""
+    """A baseline that answers from text: a prompt for each question it can answer, and what that prompt holds.
+
+    adapter: what it generates with; None is the bare base model.
+    """
 
     description: str
     prompts: dict[int, Prompt] = field(default_factory=dict)
     selected: dict[int, list[dict]] = field(default_factory=dict)
+    adapter: str | None = None
 
 
 def text_ranker(config: EvaluationConfig) -> str:
@@ -89,6 +96,13 @@ def text_systems(
         if q.oracle_docs:
             oracle.prompts[i] = model.text_prompt(q.question, list(q.oracle_docs))
     systems = {CLOSED_BOOK: closed, TEXT_RAG: rag, ORACLE_TEXT: oracle}
+    if config.text_rag_checkpoint:
+        tuned = f"the base model with an adapter of rank {model.config.lora_r} trained to answer from text (text_rag), "
+        for name, system, what in (
+            (TEXT_RAG_TUNED, rag, f"reading {read}"),
+            (ORACLE_TEXT_TUNED, oracle, "reading the gold passages"),
+        ):
+            systems[name] = replace(system, description=tuned + what, adapter=TEXT_RAG_ADAPTER)
     if config.llmlingua_model:
         systems[LLMLINGUA] = _llmlingua(questions, model, config, rag, runner)
     return systems
@@ -167,11 +181,11 @@ def clara(
     return select if suite == END_TO_END else read
 
 
-def bare(model: CLaRa, max_new_tokens: int) -> Callable[[list[Prompt]], list[dict]]:
-    """The base model without adapters on a batch of prompts without memory tokens."""
+def plain(model: CLaRa, adapter: str | None, max_new_tokens: int) -> Callable[[list[Prompt]], list[dict]]:
+    """The base model, with `adapter` or bare, on a batch of prompts without memory tokens."""
 
     def answer(batch: list[Prompt]) -> list[dict]:
-        texts = model.generate_from_prompts(batch, None, max_new_tokens, adapter=None)
+        texts = model.generate_from_prompts(batch, None, max_new_tokens, adapter)
         return [{"prediction": t, "prompt_tokens": len(p.ids)} for t, p in zip(texts, batch, strict=True)]
 
     return answer

@@ -117,6 +117,9 @@ evaluate() {
     [ -z "${DATASETS:-}" ] || flags+=(--datasets "$DATASETS")
     [ -z "${SETTING:-}" ] || flags+=(--setting "$SETTING")
     [ -z "${MAX_QUESTIONS:-}" ] || flags+=(--max_questions "$MAX_QUESTIONS")
+    if [ -n "${TEXT_RAG_CHECKPOINT:-}" ] && [ "$suite" != pretraining ]; then
+        flags+=(--text_rag_checkpoint "$TEXT_RAG_CHECKPOINT")
+    fi
     if [ "$NUM_LOCAL_GPUS" -gt 1 ] && [ "$DEVICES" != 0 ]; then
         launcher=(-m accelerate.commands.launch --multi_gpu --num_machines 1 --num_processes "$NUM_LOCAL_GPUS"
             --main_process_port "$MASTER_PORT" --mixed_precision no --dynamo_backend no)

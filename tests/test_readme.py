@@ -200,6 +200,7 @@ def test_evaluation_guide_lists_every_flag_with_its_default():
 
 def test_evaluation_guide_lists_every_system_and_variable():
     own = {systems.CLARA, systems.CLOSED_BOOK, systems.TEXT_RAG, systems.ORACLE_TEXT, systems.LLMLINGUA}
+    own |= {systems.TEXT_RAG_TUNED, systems.ORACLE_TEXT_TUNED}
     own |= {systems.RANDOM, systems.BM25, systems.DENSE, systems.CROSS_ENCODER}
     listed = read(EVALUATION).split("## What is compared")[1].split("## Metrics")[0]
     assert own == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]+) \|", listed, re.MULTILINE))))

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from openrlhf.models.modeling_clara import CLaRa, CLaRaConfig
+from openrlhf.models.tokens import Prompt
 
 DOCS = [
     "Marie Curie was born in Warsaw in 1867.",
@@ -221,6 +222,9 @@ def make_batch(
 ) -> dict:
     """A batch for `model(batch=…)`: `documents` holds one list a question, unequal lengths allowed."""
     tokens, k = model.tokens, model.config.generation_top_k
+    if stage == "text_rag":
+        texts = [tokens.text_prompt(*row) for row in zip(questions, documents, answers, strict=True)]
+        return {"stage": stage, **_generator_inputs(model, texts)}
     rows = tokens.encoder_rows([doc for docs in documents for doc in docs])
     used = [min(k, len(docs)) if stage.startswith("stage2") else len(docs) for docs in documents]
     prompts = [
@@ -228,14 +232,23 @@ def make_batch(
     ]
     batch: dict = {"stage": stage, "docs_per_question": torch.tensor([len(docs) for docs in documents])}
     batch["enc_input_ids"], batch["enc_attention_mask"] = tokens.encoder_batch(rows)
-    batch["dec_input_ids"], batch["dec_attention_mask"] = tokens.pad_left([p.ids for p in prompts])
-    labels = [[-100] * p.n_prompt + p.ids[p.n_prompt :] for p in prompts]
-    batch["labels"], _ = tokens.pad_left(labels, value=-100)
+    batch |= _generator_inputs(model, prompts)
     if stage.startswith("stage2"):
         query = tokens.encoder_batch(tokens.encoder_rows(questions))
         batch["query_input_ids"], batch["query_attention_mask"] = query
         batch["pos_index"] = positives if positives is not None else [[0]] * len(questions)
     return batch
+
+
+def _generator_inputs(model: CLaRa, prompts: list[Prompt]) -> dict:
+    ids, mask = model.tokens.pad_left([p.ids for p in prompts])
+    labels = [[-100] * p.n_prompt + p.ids[p.n_prompt :] for p in prompts]
+    return {"dec_input_ids": ids, "dec_attention_mask": mask, "labels": model.tokens.pad_left(labels, value=-100)[0]}
+
+
+def text_rag_model(base: Path, dtype: torch.dtype = torch.float32, **fields) -> CLaRa:
+    """`new_model` of the baseline stage: a random generator adapter and nothing else."""
+    return new_model(base, query=False, dtype=dtype, training_stage="text_rag", **fields)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from typing import get_args
 
 from transformers import AutoConfig, MistralConfig, PretrainedConfig
 
+from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.trainer.config import STAGE2, TrainingConfig
 from openrlhf.trainer.devices import DEVICES, Device, find_device
 from openrlhf.trainer.estimate import SHARED, TOKENS, plan_of, process_bytes, report
@@ -89,8 +90,9 @@ def check(flags: argparse.Namespace) -> Plan:
     """
     place = tempfile.gettempdir()  # what is wrong with places is train_sft's matter
     given = {name: getattr(flags, name) for name in FLAGS}
+    start = None if flags.stage == TEXT_RAG else "any"
     config = TrainingConfig(
-        **given, dataset="any", pretrain_checkpoint="any", save_path=place, ckpt_path=place, dry_run=True
+        **given, dataset="any", pretrain_checkpoint=start, save_path=place, ckpt_path=place, dry_run=True
     )
     usual = TOKENS[flags.stage] | {"doc_tokens": min(TOKENS[flags.stage]["doc_tokens"], flags.doc_max_length)}
     tokens = {key: usual[key] if getattr(flags, key) is None else getattr(flags, key) for key in usual}
@@ -117,6 +119,7 @@ def table(flags: argparse.Namespace, plan: Plan, device: Device, found: dict) ->
     millions = [found[name] / 1e6 for name in ("parameters", "trained")]
     used = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if name != "sum" and size)
     widths = f"{plan.doc_width} tokens each" + (f", generator {plan.width}" if plan.width else "")
+    widths = f"read as text, {plan.width} tokens a question" if plan.stage == TEXT_RAG else widths
     largest = found["largest_micro_train_batch_size"]
     rows = {
         "model": "{:,.1f} M parameters, {:,.1f} M trained".format(*millions),
@@ -131,10 +134,11 @@ def table(flags: argparse.Namespace, plan: Plan, device: Device, found: dict) ->
     }
     if found["seconds_per_step_new_documents"] is not None:
         rows["new documents"] = f"{found['seconds_per_step_new_documents']:,.2f} s a step where none was seen before"
-    rows["documents"] = (
-        f"{found['documents_per_s']:,.1f} compressed a second, {found['documents_together']} at a time; "
-        f"{found['bytes_per_document']:,} bytes each"
-    )
+    if found["documents_per_s"] is not None:
+        rows["documents"] = (
+            f"{found['documents_per_s']:,.1f} compressed a second, {found['documents_together']} at a time; "
+            f"{found['bytes_per_document']:,} bytes each"
+        )
     if "hours" in found:
         rows["all"] = f"{found['hours']:,.2f} hours for {flags.records:,} records, --max_epochs {flags.max_epochs}"
     rows["time"] = found["how"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.models.prompts import ANSWER, PARAPHRASE, QA, qa_answer
 from openrlhf.models.tokens import ClaraTokens, Prompt
 
@@ -15,7 +16,7 @@ IGNORE = -100
 # What is counted while collating, and how it is reported.
 COUNTED = {
     "docs_cut": "documents longer than doc_max_length, cut",
-    "docs_left_out": "documents beyond the first K, left out",
+    "docs_left_out": "documents beyond K, left out",
     "answers_cut": "answers cut by max_len",
     "answers_lost": "answers cut away entirely; these samples teach nothing",
 }
@@ -48,18 +49,13 @@ class Collator:
             and `n_tokens` (attended tokens in all inputs).
         """
         rows = [self.arrange(row, self._rng(row, epoch) if train else None) for row in rows]
-        counts: Counter = Counter()
-        encoder_rows = self.tokens.encoder_rows([doc for row in rows for doc in row["docs"]])
-        end = self.tokens.tokenizer.eos_token_id  # what a cut takes away first
-        counts["docs_cut"] = sum(ids[-1] != end for ids in encoder_rows)
-        counts["docs_left_out"] = sum(row.get("left_out", 0) for row in rows)
-        enc_ids, enc_mask = self.tokens.encoder_batch(encoder_rows)
+        counts: Counter = Counter(docs_left_out=sum(row.get("left_out", 0) for row in rows))
+        documents = self.documents([doc for row in rows for doc in row["docs"]], counts)
         dec_ids, labels = self._generator_rows([self.prompt(row, epoch, train) for row in rows], counts)
         dec_input_ids, dec_mask = self.tokens.pad_left(dec_ids)
         batch: dict[str, Any] = {
             "stage": self.stage,
-            "enc_input_ids": enc_ids,
-            "enc_attention_mask": enc_mask,
+            **documents,
             "dec_input_ids": dec_input_ids,
             "dec_attention_mask": dec_mask,
             "labels": self.tokens.pad_left(labels, IGNORE)[0],
@@ -80,13 +76,21 @@ class Collator:
         ids, labels = [], []
         memory = set(self.tokens.memory_ids)
         for prompt in prompts:
-            last_memory = max(i for i, token in enumerate(prompt.ids) if token in memory)
+            last_memory = max((i for i, token in enumerate(prompt.ids) if token in memory), default=-1)
             limit = max(self.max_len, last_memory + 1)
             counts["answers_cut"] += limit < len(prompt.ids) and limit > prompt.n_prompt
             counts["answers_lost"] += limit <= prompt.n_prompt
             ids.append(prompt.ids[:limit])
             labels.append(([IGNORE] * prompt.n_prompt + prompt.ids[prompt.n_prompt :])[:limit])
         return ids, labels
+
+    def documents(self, docs: list[str], counts: Counter) -> dict:
+        """The compressor's input; counts what it cuts."""
+        encoder_rows = self.tokens.encoder_rows(docs)
+        end = self.tokens.tokenizer.eos_token_id  # what a cut takes away first
+        counts["docs_cut"] = sum(ids[-1] != end for ids in encoder_rows)
+        ids, mask = self.tokens.encoder_batch(encoder_rows)
+        return {"enc_input_ids": ids, "enc_attention_mask": mask}
 
     def arrange(self, row: dict, rng: random.Random | None) -> dict:
         """The row with the documents the batch shall hold."""
@@ -152,11 +156,44 @@ class RetrievalCollator(EndToEndCollator):
         return sum(bool(positives) for positives in batch["pos_index"])
 
 
+def documents_to_read(row: dict, k: int) -> list[int]:
+    """Which K documents a text_rag answer is given from, in their order: those at `pos_index`, then the first others.
+
+    Of more than K at `pos_index`, the first K.
+    """
+    others = [i for i in range(len(row["docs"])) if i not in row["pos_index"]]
+    return sorted([*row["pos_index"], *others][:k])
+
+
+class TextCollator(Collator):
+    """The baseline text_rag: a question over K documents as text; nothing for a compressor.
+
+    A prompt that leaves no room for its answer within max_len is cut like any other, and its sample counted as lost.
+    """
+
+    def arrange(self, row: dict, rng: random.Random | None) -> dict:
+        """Keeps K documents, see `documents_to_read`."""
+        kept = documents_to_read(row, self.k)
+        positives = [place for place, i in enumerate(kept) if i in row["pos_index"]]
+        docs = [row["docs"][i] for i in kept]
+        return {**row, "docs": docs, "pos_index": positives, "left_out": len(row["docs"]) - len(docs)}
+
+    def documents(self, docs: list[str], counts: Counter) -> dict:
+        """No input of a compressor; counts what is cut where it would cut."""
+        counts["docs_cut"] = sum(self.tokens.seen_text(doc) != doc for doc in docs)
+        return {}
+
+    def prompt(self, row: dict, epoch: int, train: bool) -> Prompt:
+        """The answer prompt over the documents' texts."""
+        return self.tokens.text_prompt(row["question"][0], row["docs"], row["answers"][0])
+
+
 COLLATORS: dict[str, type[Collator]] = {
     "stage1": PretrainingCollator,
     "stage1_2": InstructionCollator,
     "stage2": EndToEndCollator,
     "stage2_pretrain_retrieval": RetrievalCollator,
+    TEXT_RAG: TextCollator,
 }
 
 

@@ -37,6 +37,7 @@ STAGE_FILES = {
     "stage1_2": ("instruction_data.jsonl", "instruction_tuning_data.jsonl"),
     "stage2": ("end_to_end_data.jsonl",),
     "stage2_pretrain_retrieval": ("end_to_end_data.jsonl",),
+    "text_rag": ("instruction_data.jsonl", "instruction_tuning_data.jsonl", "end_to_end_data.jsonl"),
 }
 
 

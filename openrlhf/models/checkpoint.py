@@ -24,7 +24,7 @@ from .adapters import (
     read_weights,
     save_adapter,
 )
-from .configuration_clara import CLaRaConfig
+from .configuration_clara import TEXT_RAG, CLaRaConfig
 from .public_format import ADAPTERS_FILE, CODE_FILE, read_prompts, read_public_adapters, read_public_rows
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,11 @@ def read_config(root: Path, given: CLaRaConfig | None, overrides: dict) -> tuple
                 f"{key} is {getattr(saved, key)} in this checkpoint and cannot be changed to {getattr(config, key)}: "
                 "its weights were trained with it; train a checkpoint of that setting instead"
             )
+    if TEXT_RAG in (saved.training_stage, config.training_stage) and config.training_stage != saved.training_stage:
+        raise ValueError(
+            f"{root} is a {saved.training_stage} checkpoint and cannot be taken for one of {config.training_stage}: a "
+            "text_rag checkpoint, the baseline that reads documents as text, has no compressor, and all others have one"
+        )
     config.check()
     return config, saved
 
@@ -169,7 +174,8 @@ def load_pretrained(cls, source, given: CLaRaConfig | None = None, *, subfolder:
     else:
         present = [name for name in ADAPTERS if (root / name).is_dir()]
         needed = (ENCODER, DECODER, *([QUERY] if saved.training_stage.startswith("stage2") else []))
-        states = {name: read_adapter(root / name, config.lora_r) for name in dict.fromkeys((*needed, *present))}
+        names = [DECODER] if saved.training_stage == TEXT_RAG else dict.fromkeys((*needed, *present))
+        states = {name: read_adapter(root / name, config.lora_r) for name in names}
     decoder, tokenizer, base_path = load_decoder(config, root, Path.cwd(), **load)
     if (root / "tokenizer.json").is_file() and not public:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
@@ -289,6 +295,11 @@ def _with_adapter(key: str, adapter: str) -> str:
 
 
 def _short_card(fields: dict) -> str:
+    if fields["training_stage"] == TEXT_RAG:
+        return (
+            f"# Text RAG baseline\n\nBase model: {fields['decoder_model_name']}. Stage: {TEXT_RAG}. An adapter that "
+            f"reads documents as text, {fields['doc_max_length']} tokens of each; there is no compressor.\n"
+        )
     return (
         f"# CLaRa checkpoint\n\nBase model: {fields['decoder_model_name']}. Stage: {fields['training_stage']}. "
         f"Documents of {fields['doc_max_length']} tokens at rate {fields['compr_rate']}.\n"

@@ -4,7 +4,9 @@ from transformers import PretrainedConfig
 
 from .prompts import check_prompts
 
-STAGES = ("stage1", "stage1_2", "stage2", "stage2_pretrain_retrieval")
+TEXT_RAG = "text_rag"
+"""The baseline without compression: the generator adapter alone, which reads documents as text."""
+STAGES = ("stage1", "stage1_2", "stage2", "stage2_pretrain_retrieval", TEXT_RAG)
 
 
 class CLaRaConfig(PretrainedConfig):

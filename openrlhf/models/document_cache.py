@@ -10,6 +10,13 @@ import torch
 LIMIT_BYTES = 4 * 2**30
 
 
+def document_keys(ids_MT: torch.Tensor, mask_MT: torch.Tensor) -> list[bytes]:
+    """SHA-256 of the token ids that the compressor reads of each row of a left-padded batch, memory tokens included."""
+    lengths = mask_MT.sum(1).tolist()
+    rows_MT = ids_MT.cpu().numpy()
+    return [hashlib.sha256(row[len(row) - n :].tobytes()).digest() for row, n in zip(rows_MT, lengths, strict=True)]
+
+
 class DocumentCache:
     """Memory vectors by the hash of the documents' token ids, held on the CPU.
 
@@ -29,8 +36,7 @@ class DocumentCache:
     def __call__(self, ids_MT: torch.Tensor, mask_MT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What `compress` returns, `[M, L, D]` and `[M]`, computed only for documents not seen before."""
         lengths = mask_MT.sum(1).tolist()
-        rows_MT = ids_MT.cpu().numpy()
-        keys = [hashlib.sha256(row[len(row) - n :].tobytes()).digest() for row, n in zip(rows_MT, lengths, strict=True)]
+        keys = document_keys(ids_MT, mask_MT)
         missing = list({key: i for i, key in enumerate(keys) if key not in self.stored}.values())
         fresh: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
         together = 1 if ids_MT.device.type == "cpu" else max(len(missing), 1)

@@ -33,7 +33,7 @@ from .adapters import (
     load_adapter_state,
 )
 from .checkpoint import load_decoder, load_pretrained, save_pretrained
-from .configuration_clara import STAGES, CLaRaConfig
+from .configuration_clara import STAGES, TEXT_RAG, CLaRaConfig
 from .document_cache import DocumentCache
 from .generation import gather, new_cache, read, repeat_cache, sampler, steps
 from .lora import LoraLinear, fixed_linear
@@ -49,6 +49,7 @@ STAGE_TRAINS: dict[str, tuple[tuple[str, ...], bool]] = {
     "stage1_2": ((ENCODER, DECODER), True),
     "stage2": ((QUERY, DECODER), False),
     "stage2_pretrain_retrieval": ((QUERY,), False),
+    TEXT_RAG: ((DECODER,), False),
 }
 INFERENCE_BATCH = 32
 # Beyond this a CPU gains nothing from larger batches, and loses its caches.
@@ -73,7 +74,7 @@ class CLaRa(PreTrainedModel):
         config: see `CLaRaConfig`; checked here.
         decoder: a Hugging Face causal LM; loaded from `config.decoder_model_name` when not given.
         tokenizer: the matching tokenizer; loaded likewise.
-        adapters: names of the adapters to create.
+        adapters: names of the adapters to create; by default what the config's stage starts with.
         base_path: local directory of the base model, None when it came from the Hub.
     """
 
@@ -93,7 +94,7 @@ class CLaRa(PreTrainedModel):
         config: CLaRaConfig,
         decoder: Any = None,
         tokenizer=None,
-        adapters: Sequence[str] = (ENCODER, DECODER),
+        adapters: Sequence[str] | None = None,
         base_path: Path | None = None,
     ):
         config.check()
@@ -105,7 +106,7 @@ class CLaRa(PreTrainedModel):
         self.embedding_length = mean_length(decoder.get_input_embeddings().weight) if config.rescale_memory else None
         self.base_path = base_path
         self.special = self._new_special_embeddings(decoder)
-        for name in adapters:
+        for name in adapters or ((DECODER,) if config.training_stage == TEXT_RAG else (ENCODER, DECODER)):
             add_adapter(decoder, name, config.lora_r, config.decoder_model_name)
         # Answers are greedy whatever the base model's own sampling defaults are; only its end tokens are kept.
         own = decoder.generation_config
@@ -160,18 +161,32 @@ class CLaRa(PreTrainedModel):
         return self.special.memory.device
 
     @property
+    def has_compressor(self) -> bool:
+        """Whether the checkpoint holds a compressor; a text_rag checkpoint does not."""
+        return ENCODER in self.decoder.peft_config
+
+    @property
     def has_query_reasoner(self) -> bool:
         """Whether the checkpoint holds a query reasoner."""
         return QUERY in self.decoder.peft_config
 
     def add_query_reasoner(self, fresh: bool = False) -> None:
         """Adds the query reasoner, as a copy of the compressor unless `fresh` (SPEC 3)."""
-        add_adapter(self.decoder, QUERY, self.config.lora_r, self.config.decoder_model_name)
-        if not fresh:
-            state = {key: p.detach() for key, p in adapter_state(self.decoder, ENCODER).items()}
-            load_adapter_state(self.decoder, QUERY, state, ENCODER)
+        state = {key: p.detach() for key, p in adapter_state(self.decoder, ENCODER).items()}
+        self.attach_adapter(QUERY, None if fresh else state, ENCODER)
+
+    def attach_adapter(self, name: str, state: dict[str, torch.Tensor] | None, source: str) -> None:
+        """Adds a further adapter to generate or compress with, frozen; its weights as `checkpoint.read_adapter` gives
+        them, or fresh.
+
+        Raises:
+            ValueError: the weights are not those of an adapter of this model; `source` is named.
+        """
+        add_adapter(self.decoder, name, self.config.lora_r, self.config.decoder_model_name)
+        if state is not None:
+            load_adapter_state(self.decoder, name, state, source)
         self.router = AdapterRouter(self.decoder)
-        for parameter in adapter_state(self.decoder, QUERY).values():
+        for parameter in adapter_state(self.decoder, name).values():
             parameter.requires_grad_(False)
 
     def reset_adapter(self, name: str) -> None:
@@ -210,6 +225,11 @@ class CLaRa(PreTrainedModel):
     def train_stage(self, stage: str, freeze_query_reasoner: bool = False) -> None:
         """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings."""
         adapters, memory = STAGE_TRAINS[stage]
+        if stage == TEXT_RAG and self.has_compressor:
+            raise ValueError(
+                "text_rag is a baseline that starts from the base model; this one has a compressor: make another with "
+                "CLaRa.from_base(CLaRaConfig(training_stage='text_rag', …))"
+            )
         self.document_cache = None
         self.unmerge_adapters()
         for name in adapters:
@@ -265,13 +285,14 @@ class CLaRa(PreTrainedModel):
         """The LM head's own output `[…, V]` for hidden states `[…, D]`, without the added tokens: for generating."""
         return (self.fixed_head or self.decoder.get_output_embeddings())(hidden_D)
 
-    def head(self, hidden_D: torch.Tensor) -> torch.Tensor:
-        """Logits `[…, V]` over the base vocabulary and the added tokens, from hidden states `[…, D]`."""
+    def head(self, hidden_D: torch.Tensor, added: bool = True) -> torch.Tensor:
+        """Logits `[…, V]` from hidden states `[…, D]`: over the base vocabulary and, unless not `added`, our tokens."""
         config, first = self.decoder.config, self.tokens.first_special_id
-        base_V = self.decoder.get_output_embeddings()(hidden_D)
-        _, head_SD = self.special()
-        added_S = F.linear(hidden_D, head_SD.to(hidden_D.dtype))
-        logits_V = torch.cat([base_V[..., :first], added_S, base_V[..., first + len(head_SD) :]], dim=-1)
+        logits_V = self.decoder.get_output_embeddings()(hidden_D)
+        if added:
+            _, head_SD = self.special()
+            added_S = F.linear(hidden_D, head_SD.to(hidden_D.dtype))
+            logits_V = torch.cat([logits_V[..., :first], added_S, logits_V[..., first + len(head_SD) :]], dim=-1)
         logits_V = (
             logits_V * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         )
@@ -320,15 +341,16 @@ class CLaRa(PreTrainedModel):
         """The loss of one batch (SPEC 3, 4).
 
         Args:
-            batch: `stage`, `enc_input_ids` / `enc_attention_mask` `[M, T]`, `dec_input_ids` / `dec_attention_mask` /
-                `labels` `[B, T]`; stage2 adds `query_input_ids` / `query_attention_mask` `[B, T]`; optionally
-                `docs_per_question` `[B]` and `pos_index` (lists of positions).
+            batch: `stage`, `enc_input_ids` / `enc_attention_mask` `[M, T]` (not in text_rag), `dec_input_ids` /
+                `dec_attention_mask` / `labels` `[B, T]`; stage2 adds `query_input_ids` / `query_attention_mask`
+                `[B, T]`; optionally `docs_per_question` `[B]` and `pos_index` (lists of positions).
             compute_logits: False saves the LM head on every position that has no label.
 
         Returns:
             loss: cross-entropy, the mean over the batch's answer tokens (0 when none is left); for
                 stage2_pretrain_retrieval the mean of −log Σ_positives p over questions that have positives.
-            outputs: `logits` `[B, T, V]` or None, `mse_loss`, `topk_idx` `[B, K]` or None, `scores` `[B, N]` or None.
+            outputs: `logits` `[B, T, V]` or None, `mse_loss` (0 in text_rag), `topk_idx` `[B, K]` or None, `scores`
+                `[B, N]` or None. In text_rag V is the base vocabulary alone, as fine-tuning the base model has it.
 
         Raises:
             ValueError: an unknown stage, or counts that do not fit together.
@@ -336,8 +358,12 @@ class CLaRa(PreTrainedModel):
         stage = batch.get("stage")
         if stage not in STAGES:
             raise ValueError(f"batch['stage'] must be one of {STAGES}, got {stage!r}")
-        counts_B = self._document_counts(batch, len(batch["labels"]))
         out: dict = {"logits": None, "topk_idx": None, "scores": None}
+        if stage == TEXT_RAG:
+            embeds_BTD = self.embed(batch["dec_input_ids"])
+            loss, out["logits"] = self._answer_loss(batch, embeds_BTD, compute_logits, added=False)
+            return loss, {**out, "mse_loss": torch.zeros_like(loss)}
+        counts_B = self._document_counts(batch, len(batch["labels"]))
         if stage in ("stage1", "stage1_2"):
             docs_MLD, mse_M = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
         else:
@@ -354,16 +380,23 @@ class CLaRa(PreTrainedModel):
             return retrieval_loss(out["scores"], batch["pos_index"], counts_B, temperature), out
         used_B = counts_B if out["topk_idx"] is None else counts_B.clamp(max=self.config.generation_top_k)
         embeds_BTD = self.place(batch["dec_input_ids"], docs_MLD, used_B)
+        loss, out["logits"] = self._answer_loss(batch, embeds_BTD, compute_logits)
+        return loss, out
+
+    def _answer_loss(
+        self, batch: dict, embeds_BTD: torch.Tensor, compute_logits: bool, added: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Cross-entropy of the generator, and its logits where asked for; `added` as in `head`."""
         hidden_BTD = self.hidden(DECODER, embeds_BTD, batch["dec_attention_mask"])
         target_BT = batch["labels"][:, 1:]
         answer_BT = target_BT != -100
-        if compute_logits:
-            out["logits"] = self.head(hidden_BTD)
-            answer_logits_V = out["logits"][:, :-1][answer_BT]
+        logits_BTV = self.head(hidden_BTD, added) if compute_logits else None
+        if logits_BTV is None:
+            answer_logits_V = self.head(hidden_BTD[:, :-1][answer_BT], added)
         else:
-            answer_logits_V = self.head(hidden_BTD[:, :-1][answer_BT])
+            answer_logits_V = logits_BTV[:, :-1][answer_BT]
         loss = F.cross_entropy(answer_logits_V.float(), target_BT[answer_BT], reduction="sum")
-        return loss / answer_BT.sum().clamp(min=1), out
+        return loss / answer_BT.sum().clamp(min=1), logits_BTV
 
     def _document_counts(self, batch: dict, n_questions: int) -> torch.Tensor:
         n_docs = len(batch["enc_input_ids"])
@@ -377,20 +410,34 @@ class CLaRa(PreTrainedModel):
             raise ValueError(f"docs_per_question {counts_B.tolist()} must be ≥ 1 and add up to {n_docs} documents")
         return counts_B
 
+    def _check_compressor(self) -> None:
+        if not self.has_compressor:
+            raise ValueError(
+                "this is a text_rag checkpoint, the baseline that reads documents as text: it has no compressor, and "
+                "there are no vectors it could make or read. generate_from_text answers with it; for vectors load a "
+                "checkpoint of stage1, stage1_2 or stage2"
+            )
+
     def _in_batches(self, adapter: str, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compresses texts in batches of like length: `[N, L, D]` in the given order, and the MSE over all."""
+        """Compresses texts: `[N, L, D]` in the given order, and the MSE over all."""
         if isinstance(texts, str):
             raise ValueError("give a list of strings, not one string")
-        rows = self.tokens.encoder_rows(list(texts))
+        vectors_NLD, mse_N = self.compress_rows(self.tokens.encoder_rows(list(texts)), adapter)
+        return vectors_NLD, mse_N.sum() / max(len(mse_N), 1)
+
+    @inference
+    def compress_rows(self, rows: list[list[int]], adapter: str = ENCODER) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compresses rows of `tokens.encoder_rows` in batches of like length: `[N, L, D]` and the MSE of each, `[N]`
+        float32, in the given order."""
+        self._check_compressor()
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         width = self.decoder.config.hidden_size
         vectors_NLD = torch.empty(len(rows), self.config.n_memory_tokens, width, dtype=self.dtype, device=self.device)
-        squared = torch.zeros((), device=self.device)
+        mse_N = torch.empty(len(rows), dtype=torch.float32, device=self.device)
         for chosen in self._batches(order, [len(row) + self.config.n_memory_tokens for row in rows]):
             ids, mask = self.tokens.encoder_batch([rows[i] for i in chosen])
-            vectors_NLD[chosen], mse_M = self.compress(ids.to(self.device), mask.to(self.device), adapter)
-            squared += mse_M.sum()
-        return vectors_NLD, squared / max(len(rows), 1)
+            vectors_NLD[chosen], mse_N[chosen] = self.compress(ids.to(self.device), mask.to(self.device), adapter)
+        return vectors_NLD, mse_N
 
     def _batches(self, order: list[int], lengths: list[int]) -> Iterator[list[int]]:
         """Cuts `order`, from short to long, into batches of `inference_batch`, on a CPU of fewer (`CPU_TOKENS`)."""
@@ -416,6 +463,7 @@ class CLaRa(PreTrainedModel):
         Raises:
             ValueError: the checkpoint has no query reasoner.
         """
+        self._check_compressor()
         if not self.has_query_reasoner:
             raise ValueError(
                 "this checkpoint has no query reasoner (its stage is before stage2): load it with "
@@ -446,8 +494,12 @@ class CLaRa(PreTrainedModel):
     def generate_from_text(
         self, questions: list[str], documents: list[list[str]], max_new_tokens: int | None = None
     ) -> list[str]:
-        """Compresses all of each question's documents and answers from them, in the given order."""
+        """Answers from all of each question's documents, in the given order: compressed, or, with a text_rag
+        checkpoint, read as text."""
         counts = _check_documents(questions, documents).tolist()
+        if not self.has_compressor:
+            texts = [self.text_prompt(q, docs) for q, docs in zip(questions, documents, strict=True)]
+            return self.generate_from_prompts(texts, None, max_new_tokens)
         docs_MLD, _ = self.compress_documents([doc for docs in documents for doc in docs])
         prompts = [self.answer_prompt(q, n) for q, n in zip(questions, counts, strict=True)]
         return self.generate_from_prompts(prompts, list(docs_MLD.split(counts)), max_new_tokens)
@@ -471,6 +523,7 @@ class CLaRa(PreTrainedModel):
         Raises:
             ValueError: the number of rows is not a multiple of the number of questions, or another model made them.
         """
+        self._check_compressor()
         shape = (self.config.n_memory_tokens, self.decoder.config.hidden_size)
         if compressed_documents.shape[1:] != shape:
             raise ValueError(
@@ -517,7 +570,7 @@ class CLaRa(PreTrainedModel):
         Args:
             prompts: from `build_prompt`, `text_prompt` or `tokens.plain_prompt`.
             docs: row i reads `docs[i]` `[K_i, L, D]`; None where no prompt has memory tokens.
-            adapter: None generates with the bare base model.
+            adapter: to generate with; None is the bare base model.
 
         Raises:
             ValueError: a prompt with its new tokens is longer than the base model's positions, or its memory tokens

@@ -140,22 +140,27 @@ class ClaraTokens:
             )
         return self.config.prompts
 
-    def plain_prompt(self, system: str, user: str) -> Prompt:
+    def plain_prompt(self, system: str, user: str, answer: str | None = None) -> Prompt:
         """A prompt without memory tokens: all of `user` is plain text, whatever placeholders or tokens it spells."""
-        return self.prompt(system, "{query}", 0, query=user)
+        return self.prompt(system, "{query}", 0, query=user, answer=answer)
 
-    def text_prompt(self, question: str, documents: list[str]) -> Prompt:
-        """See `CLaRa.text_prompt`."""
+    def text_prompt(self, question: str, documents: list[str], answer: str | None = None) -> Prompt:
+        """See `CLaRa.text_prompt`; with `answer`, the assistant's turn follows as in `prompt`."""
         prompts = self._known_prompts()
         texts = {"{docs}": "\n\n".join(self.seen_text(doc) for doc in documents), "{query}": question}
         user = re.sub(r"\{docs\}|\{query\}", lambda field: texts[field[0]], prompts["answer_user"])
-        return self.plain_prompt(prompts["answer_system"], user)
+        return self.plain_prompt(prompts["answer_system"], user, answer)
+
+    @property
+    def text_limit(self) -> int:
+        """Tokens of a document's text that the compressor reads at most."""
+        start = [i for i in (self.enc_id, self.tokenizer.bos_token_id) if i is not None]
+        return self.config.doc_max_length + 3 - len(start)
 
     def seen_text(self, document: str) -> str:
         """The part of a document that the compressor reads: the whole, or what is left after its cut on the right."""
-        start = [i for i in (self.enc_id, self.tokenizer.bos_token_id) if i is not None]
-        limit = self.config.doc_max_length + 3 - len(start)
         (ids,) = self.plain_ids([document])
+        limit = self.text_limit
         return document if len(ids) <= limit else str(self.tokenizer.decode(ids[:limit])).rstrip("\ufffd")
 
     def end_of_turn_ids(self, system: str, user: str) -> list[int]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, get_scheduler
 
-from openrlhf.datasets.collators import COLLATORS, IGNORE, Collator, text_length
+from openrlhf.datasets.collators import COLLATORS, IGNORE, Collator, documents_to_read, text_length
 from openrlhf.datasets.records import load_records
 from openrlhf.datasets.sampler import BatchPlan
 from openrlhf.models.adapters import DECODER, QUERY, adapter_state
 from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config, trained_state
+from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa, CLaRaConfig
 from openrlhf.models.prompts import DEFAULT_PROMPTS
 from openrlhf.models.tokens import ClaraTokens
@@ -44,6 +45,10 @@ def resolve_paths(config: TrainingConfig) -> Path | None:
         return None
     root = find_checkpoint(config.pretrain_checkpoint)
     _, saved = read_config(root, None, {})
+    if saved.training_stage == TEXT_RAG:
+        raise ValueError(
+            f"{root} is a text_rag checkpoint, the baseline without a compressor; no stage can continue from it"
+        )
     wanted = {"doc_max_length": config.doc_max_length, "compr_rate": config.compress_rate, "lora_r": config.lora_r}
     for name, value in wanted.items():
         if getattr(saved, name) != value:
@@ -95,12 +100,17 @@ def load_tokens(config: TrainingConfig, model: CLaRaConfig) -> ClaraTokens:
         tokenizer = AutoTokenizer.from_pretrained(source, use_fast=not config.disable_fast_tokenizer)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(f"no tokenizer could be loaded from --pretrain {config.pretrain}: {error}") from error
-    tokens = ClaraTokens(tokenizer, model)
-    shortest = len(tokens.build_prompt("answer", config.generation_top_k).ids)
+    tokens, k = ClaraTokens(tokenizer, model), config.generation_top_k
+    if config.stage == TEXT_RAG:
+        document = f"{tokens.text_limit} tokens of text"
+        shortest = len(tokens.text_prompt("", [""] * k).ids) + k * tokens.text_limit
+    else:
+        document = f"{model.n_memory_tokens} memory tokens"
+        shortest = len(tokens.build_prompt("answer", k).ids)
     if shortest >= config.max_len:
         raise ValueError(
-            f"--max_len {config.max_len} leaves no room for an answer: {config.generation_top_k} documents of "
-            f"{model.n_memory_tokens} memory tokens and the prompt already take {shortest}"
+            f"--max_len {config.max_len} leaves no room for an answer: {k} documents of {document} and the prompt "
+            f"already take {shortest}"
         )
     return tokens
 
@@ -167,12 +177,16 @@ def build_collator(config: TrainingConfig, tokens: ClaraTokens) -> Collator:
 
 
 def answerer(model: CLaRa, config: TrainingConfig):
-    """Answers records as the stage's users would: from all (first K) documents, or from the selected ones."""
+    """Answers records as the stage's users would: from K given documents, or from those that it selects."""
 
     def answer(rows: list[dict]) -> list[str]:
         questions = [row["question"][0] for row in rows]
+        k = config.generation_top_k
         if config.stage == "stage1_2":
-            return model.generate_from_text(questions, [row["docs"][: config.generation_top_k] for row in rows], 64)
+            return model.generate_from_text(questions, [row["docs"][:k] for row in rows], 64)
+        if config.stage == TEXT_RAG:
+            read = [[row["docs"][i] for i in documents_to_read(row, k)] for row in rows]
+            return model.generate_from_text(questions, read, 64)
         return model.generate_from_questions(questions, [row["docs"] for row in rows], 64)[0]
 
     return answer
@@ -195,14 +209,25 @@ def saver(engine: Engine, config: TrainingConfig):
 def model_card(model: CLaRa, config: TrainingConfig, last: dict) -> str:
     """README.md of a checkpoint: base model, stage, data, hyperparameters, last figures."""
     base = os.path.basename(config.pretrain.rstrip("/")) if model.base_path else config.pretrain
+    title, what, tags = f"CLaRa, {config.stage}, rate {config.compress_rate}", "", "clara, rag, compression"
+    if config.stage == TEXT_RAG:
+        title, tags = "Text RAG baseline, fine-tuned", "clara, rag, lora, baseline"
+        what = (
+            "The base model with one LoRA adapter, `decoder_adapter`, that answers from documents as text: what CLaRa "
+            "of the same rank is to be compared with. There is no compressor and no query reasoner, and the "
+            "embeddings of CLaRa's tokens in `special_embeddings.safetensors` are untrained and unused. "
+            "`generate_from_text` answers with it, `compress_documents` refuses.\n"
+        )
     shown = "stage generation_top_k doc_max_length compress_rate lora_r learning_rate lr_scheduler train_batch_size"
-    rows = [f"| {name} | {getattr(config, name)} |" for name in (*shown.split(), "max_epochs", "seed")]
+    names = [name for name in (*shown.split(), "max_epochs", "seed") if not (name == "compress_rate" and what)]
+    rows = [f"| {name} | {getattr(config, name)} |" for name in names]
     origin = config.pretrain_checkpoint or "nothing"
     figures = [f"| {split} | {json.dumps(line)} |" for split, line in last.items()]
     return "\n".join(
         [
-            f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [clara, rag, compression]\n---",
-            f"# CLaRa, {config.stage}, rate {config.compress_rate}\n",
+            f"---\nbase_model: {base}\nlibrary_name: transformers\ntags: [{tags}]\n---",
+            f"# {title}\n",
+            *([what] if what else []),
             f"Base model: `{base}`. Data: `{config.dataset}`. Continued from: `{origin}`.\n",
             "| setting | value |\n|---|---|",
             *rows,
@@ -256,6 +281,9 @@ def padded_to(batch: dict, config: TrainingConfig, n_memory: int) -> dict[str, i
     """Tokens a row of a batch takes, as `estimate.plan_of` wants them, and its documents as `candidates`."""
     used = int(batch["docs_per_question"].clamp(max=config.generation_top_k).max())
     answers = round(int((batch["labels"][:, 1:] != IGNORE).sum()) / len(batch["labels"]))
+    if config.stage == TEXT_RAG:  # where the documents end is not known: they count as prompt
+        found = {"candidates": used, "doc_tokens": 0, "prompt_tokens": batch["labels"].shape[1] - answers}
+        return {**found, "answer_tokens": answers, "question_tokens": 0}
     query = batch.get("query_input_ids", batch["labels"][:, : n_memory + ROW_TOKENS])
     return {
         "candidates": int(batch["docs_per_question"].max()),

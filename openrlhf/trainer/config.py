@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from openrlhf.models.configuration_clara import TEXT_RAG
+
 STAGE2 = ("stage2", "stage2_pretrain_retrieval")
 
 
@@ -26,7 +28,9 @@ class TrainingConfig:
 
     pretrain: str = _flag("", "base model: Hub id or directory (required)")
     pretrain_checkpoint: str | None = _flag(None, "CLaRa checkpoint to continue from")
-    stage: Literal["stage1", "stage1_2", "stage2", "stage2_pretrain_retrieval"] = _flag("stage1", "what to train")
+    stage: Literal["stage1", "stage1_2", "stage2", "stage2_pretrain_retrieval", "text_rag"] = _flag(
+        "stage1", "what to train"
+    )
     generation_top_k: int = _flag(1, "K: documents an answer is given from")
     doc_max_length: int = _flag(256, "tokens of a document")
     compress_rate: int = _flag(32, "compression rate; divides doc_max_length")
@@ -142,19 +146,23 @@ class TrainingConfig:
 
         def only(flag: str, stages: tuple[str, ...], why: str) -> None:
             if getattr(self, flag) and stage not in stages:
-                found.append(f"--{flag} does not go with --stage {stage}: {why}")
+                said = "it reads documents as text, with a fresh generator adapter" if stage == TEXT_RAG else why
+                found.append(f"--{flag} does not go with --stage {stage}: {said}")
 
         first = ("stage1", "stage1_2")
         only("mse_loss", first, "the documents are frozen there")
         only("freeze_memory_embeddings", first, "they are always frozen there")
-        if self.rescale_memory and (stage not in first or self.pretrain_checkpoint):
+        if stage == TEXT_RAG:
+            only("pretrain_checkpoint", (), "")
+            only("rescale_memory", (), "")
+        elif self.rescale_memory and (stage not in first or self.pretrain_checkpoint):
             found.append(
                 "--rescale_memory is chosen where training starts from the base model: a checkpoint keeps its choice"
             )
         only("reset_decoder", ("stage1_2",), "only stage1_2 can start a fresh generator")
         only("freeze_query_reasoner", ("stage2",), "only stage2 trains something beside the query reasoner")
         only("fresh_query_reasoner", STAGE2, "there is no query reasoner before stage 2")
-        only("do_eval_gen", ("stage1_2", "stage2"), "there are no questions to answer")
+        only("do_eval_gen", ("stage1_2", "stage2", TEXT_RAG), "there are no questions to answer")
         if not self.qa_loss and stage != "stage1":
             found.append(f"--no_qa_loss does not go with --stage {stage}: only stage1 has QA sets")
         if stage == "stage1" and self.generation_top_k != 1:

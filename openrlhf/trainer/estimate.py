@@ -14,11 +14,12 @@ from openrlhf.trainer.devices import CUDA_CONTEXT, Device
 from openrlhf.trainer.skeleton import Figures, Plan, count, resident, timed, timed_afresh
 
 # What a micro-batch of 8 of the example data is padded to, with SmolLM2's tokenizer; `train_sft --dry_run` prints the
-# same figures of other data as `padded_to`.
+# same figures of other data as `padded_to`. (text_rag reads instruction and end-to-end data, five documents of each.)
 TOKENS: dict[str, dict[str, int]] = {
     "stage1": {"doc_tokens": 229, "prompt_tokens": 73, "answer_tokens": 168, "question_tokens": 0},
     "stage1_2": {"doc_tokens": 241, "prompt_tokens": 75, "answer_tokens": 18, "question_tokens": 0},
     "stage2": {"doc_tokens": 247, "prompt_tokens": 73, "answer_tokens": 5, "question_tokens": 28},
+    "text_rag": {"doc_tokens": 221, "prompt_tokens": 75, "answer_tokens": 12, "question_tokens": 0},
     "stage2_pretrain_retrieval": {"doc_tokens": 247, "prompt_tokens": 0, "answer_tokens": 0, "question_tokens": 28},
 }
 # Layers of the copies. One alone has its peak elsewhere; timing is noisy, and two far apart carry the noise less far.
@@ -191,7 +192,7 @@ def report(
         "seconds_per_step_new_documents": new if plan.stage in STAGE2 else None,
         "tokens_per_s": plan.tokens * plan.train_batch_size / known,
         "mfu": figures["flops/step"] / time.step / peak if peak else None,
-        "documents_per_s": 1 / time.document,
+        "documents_per_s": 1 / time.document if time.document else None,
         "documents_together": plan.together(device.kind),
         "bytes_per_document": plan.vector_bytes,
         "how": time.how,

@@ -39,6 +39,11 @@ ANSWER_SCORES = {"em": exact_match_score, "f1": f1_score, "cover_em": cover_exac
 STEP_NAME = "global_step"
 
 
+def compressed(batch: dict) -> int:
+    """Documents of a batch that go through the compressor; none where they are read as text."""
+    return len(batch.get("enc_input_ids", ()))
+
+
 def step_of(path: Path) -> int:
     """The step a checkpoint directory was written at."""
     return int(path.name.removeprefix(STEP_NAME).removesuffix("_hf"))
@@ -143,7 +148,7 @@ class SFTTrainer:
         whole = sum_over_ranks(
             {
                 "losses": sum(batch["loss_count"] for micro, batch in batches if micro.real),
-                "docs": sum(len(batch["enc_input_ids"]) for micro, batch in batches if micro.real),
+                "docs": sum(compressed(batch) for micro, batch in batches if micro.real),
             },
             self.device,
         )
@@ -174,7 +179,7 @@ class SFTTrainer:
         loss, out = self.engine(batch=inputs, compute_logits=False)
         objective = loss * (batch["loss_count"] / max(whole["losses"], 1))
         if self.mse_weight:
-            objective = objective + self.mse_weight * out["mse_loss"] * (len(batch["enc_input_ids"]) / whole["docs"])
+            objective = objective + self.mse_weight * out["mse_loss"] * (compressed(batch) / whole["docs"])
         # The engine averages over ranks, the objective is already a share of the whole: undo the average.
         self.engine.backward(objective * (world_size() if micro.real else 0.0), last)
         if micro.real:
@@ -189,7 +194,7 @@ class SFTTrainer:
 
     def _add(self, sums: dict, batch: dict, loss: torch.Tensor, out: dict) -> None:
         """Adds a micro-batch to the sums, each figure weighted by what it is a mean over."""
-        n_docs = len(batch["enc_input_ids"])
+        n_docs = compressed(batch)
         sums["loss"] += float(loss.detach()) * batch["loss_count"]
         sums["losses"] += batch["loss_count"]
         sums["mse"] += float(out["mse_loss"].detach()) * n_docs
@@ -209,7 +214,9 @@ class SFTTrainer:
         total = sum_over_ranks(sums, self.device)
         for key in COUNTED:
             self.seen[key] += total[key]
-        line = {"loss": total["loss"] / max(total["losses"], 1), "mse_loss": total["mse"] / max(total["docs"], 1)}
+        line = {"loss": total["loss"] / max(total["losses"], 1)}
+        if total["docs"]:
+            line["mse_loss"] = total["mse"] / total["docs"]
         if total["ranked"]:
             line.update({f"recall_{k}": total[f"recall_{k}"] / total["ranked"] for k in RECALL_AT})
         if total["questions"]:
@@ -228,7 +235,9 @@ class SFTTrainer:
             return
         if self.log is not None:
             self.log.write(line)
-        shown = {"loss": f"{line['loss']:.4f}", "mse": f"{line['mse_loss']:.4f}"}
+        shown = {"loss": f"{line['loss']:.4f}"}
+        if "mse_loss" in line:
+            shown["mse"] = f"{line['mse_loss']:.4f}"
         if "recall_1" in line:
             shown["recall@1"] = f"{line['recall_1']:.3f}"
         shown.update({"tok/s": f"{line['tokens_per_s']:.0f}", "GB": f"{line['memory_gb']:.1f}"})

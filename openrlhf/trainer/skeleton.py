@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from openrlhf.models.adapters import DECODER, ENCODER, QUERY, AdapterRouter, SpecialEmbeddings, add_adapter
+from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.models.modeling_clara import CPU_TOKENS, INFERENCE_BATCH, STAGE_TRAINS, CLaRa
 from openrlhf.models.selection import cosine_scores, differentiable_topk
 from openrlhf.trainer.config import STAGE2
@@ -49,8 +50,9 @@ _FLOPS = {
 class Plan:
     """What is to be estimated; names as in TrainingConfig.
 
-    `candidates` are the documents of a question that are compressed (K outside stage 2). Token counts are what a row
-    takes in its batch, padding included; `prompt_tokens` counts neither memory tokens nor `<SEP>`.
+    `candidates` are the documents of a question that are compressed, or read as text (K outside stage 2). Token counts
+    are what a row takes in its batch, padding included; `prompt_tokens` counts neither documents nor memory tokens nor
+    `<SEP>`.
     """
 
     base: PretrainedConfig
@@ -114,6 +116,8 @@ class Plan:
         """Generator input, 0 where the stage has no generator."""
         if self.stage == "stage2_pretrain_retrieval":
             return 0
+        if self.stage == TEXT_RAG:
+            return round(self.prompt_tokens + self.selected * self.doc_tokens) + self.answers
         return round(self.prompt_tokens) + self.selected * (self.n_memory_tokens + 1) + self.answers
 
     @property
@@ -124,6 +128,8 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens a question puts into the model, padding included."""
+        if self.stage == TEXT_RAG:
+            return self.width
         query = self.query_width if self.stage in STAGE2 else 0
         return self.candidates * self.doc_width + query + self.width
 
@@ -163,7 +169,8 @@ class Skeleton:
         self.config = SimpleNamespace(n_memory_tokens=plan.n_memory_tokens)
         with torch.device("meta" if fake else device):
             self.decoder: Any = AutoModelForCausalLM.from_config(config, dtype=plan.dtype)
-            for name in (ENCODER, DECODER, *((QUERY,) if plan.stage in STAGE2 else ())):
+            names = (ENCODER, DECODER, *((QUERY,) if plan.stage in STAGE2 else ()))
+            for name in (DECODER,) if plan.stage == TEXT_RAG else names:
                 add_adapter(self.decoder, name, plan.lora_r, "")
             weight = self.decoder.get_input_embeddings().weight
             self.tokens = SimpleNamespace(first_special_id=len(weight) - plan.n_memory_tokens - 3)
@@ -211,6 +218,10 @@ class Skeleton:
     def loss(self, docs_MLD: torch.Tensor | None, mark: Callable[[str], None] = lambda phase: None) -> torch.Tensor:
         """What one micro-batch is trained on; `docs_MLD` are stage 2's documents. `mark` hears where the run is."""
         plan, rows, n_memory = self.plan, self.plan.micro_train_batch_size, self.plan.n_memory_tokens
+        if plan.stage == TEXT_RAG:
+            mark("generator")
+            ids_BT, mask_BT = self.ids(rows, plan.width, 0)
+            return self.answer_loss(self.embed(ids_BT), mask_BT, mark)
         mark("compressor")
         mse = None
         if docs_MLD is None:
@@ -228,13 +239,18 @@ class Skeleton:
         memory_BT = ids_BT >= self.tokens.first_special_id
         embeds_BTD = self.embed(ids_BT).masked_scatter(memory_BT.unsqueeze(-1), docs_MLD)
         _on_gradient(embeds_BTD, lambda: mark("compressor, backward"))
+        loss = self.answer_loss(embeds_BTD, mask_BT, mark)
+        return loss + 0.1 * mse.mean() if plan.mse_loss and mse is not None else loss
+
+    def answer_loss(self, embeds_BTD: torch.Tensor, mask_BT: torch.Tensor, mark: Callable[[str], None]) -> torch.Tensor:
+        """The generator's cross-entropy."""
         hidden_BTD = self.hidden(DECODER, embeds_BTD, mask_BT)
         _on_gradient(hidden_BTD, lambda: mark("generator, backward"))
         mark("LM head")
-        logits_V = self.head(hidden_BTD[:, -plan.answers - 1 : -1].flatten(0, 1))
+        answers_D = hidden_BTD[:, -self.plan.answers - 1 : -1].flatten(0, 1)
+        logits_V = self.head(answers_D, added=self.plan.stage != TEXT_RAG)
         target = torch.zeros(logits_V.shape[:1], dtype=torch.long, device=self.device)
-        loss = F.cross_entropy(logits_V.float(), target, reduction="sum")
-        return loss + 0.1 * mse.mean() if plan.mse_loss and mse is not None else loss
+        return F.cross_entropy(logits_V.float(), target, reduction="sum")
 
 
 def shortened(base: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -337,7 +353,8 @@ def count(plan: Plan, layers: int, device: str) -> Figures:
         ledger, together = Ledger(known), plan.together(device)
         with ledger:
             ledger.mark("documents")
-            model.documents(together)
+            if plan.stage != TEXT_RAG:
+                model.documents(together)
         found |= {"flops/document": ledger.flops / together, "moved/document": ledger.moved / together}
         if plan.stage in STAGE2:
             found["peak/documents"] = ledger.peaks["documents"]
@@ -385,6 +402,8 @@ def timed(plan: Plan, layers: int, device: str) -> Figures:
 
     before = resident()
     found = {"seconds/step": fewest(step, device), "resident": resident() - before}
+    if plan.stage == TEXT_RAG:
+        return found | {"seconds/document": 0.0}
     return found | {"seconds/document": fewest(lambda: model.documents(together), device) / together}
 
 

@@ -49,6 +49,18 @@ def test_the_7b_shape_needs_no_file(tmp_path, capsys):
     assert found["hours"] == pytest.approx(8 * found["seconds_per_step"] / 3600)
 
 
+def test_text_rag_is_estimated_without_documents_to_compress(bare, tmp_path, capsys):
+    target = tmp_path / "found.json"
+    given = f"--pretrain {bare} --stage text_rag --generation_top_k 3 --micro_train_batch_size 1"
+    run(*given.split(), "--json", target, *SHORT)
+    out, found = capsys.readouterr().out, json.loads(target.read_text())
+    assert "read as text, 45 tokens a question" in out and "compressed a second" not in out
+    assert found["documents_per_s"] is None and found["seconds_per_step"] > 0
+    words = shlex.split(out.split("next          ")[1])
+    places = ["--save_path", str(tmp_path / "a"), "--ckpt_path", str(tmp_path / "b")]
+    assert train_sft.parse([*words[words.index("openrlhf.cli.train_sft") + 1 :], *places]).stage == "text_rag"
+
+
 def test_what_to_type_next_is_a_command_train_sft_takes(bare, tmp_path):
     given = f"--pretrain {bare} --stage stage2 --generation_top_k 3 --compress_rate 64 --bf16 --lora_r 8 --zero_stage 1"
     flags = estimate.parse([*given.split(), "--micro_train_batch_size", "1", "--train_batch_size", "4"])

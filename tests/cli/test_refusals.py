@@ -19,7 +19,7 @@ from tests.trainer.launch import BASE_MODEL, call, command, flags
 from tests.trainer.test_numbers import CHECKPOINT
 
 RETRIEVAL = "stage2_pretrain_retrieval"
-ALL_STAGES = ("stage1", "stage1_2", "stage2", RETRIEVAL)
+ALL_STAGES = ("stage1", "stage1_2", "stage2", RETRIEVAL, "text_rag")
 
 
 def problems(**options) -> list[str]:
@@ -145,6 +145,17 @@ COMBINATIONS = [
         {"stage": "stage2", "stage2_retrieval_top_n": 5, **START},
         "--stage2_retrieval_top_n only goes with --stage2_mips",
     ),
+    *(
+        ({"stage": "text_rag", flag: True}, f"--{flag} does not go with --stage text_rag: it reads documents as text")
+        for flag in (
+            *("mse_loss", "freeze_memory_embeddings", "rescale_memory", "reset_decoder", "freeze_query_reasoner"),
+            "fresh_query_reasoner",
+        )
+    ),
+    ({"stage": "text_rag", **START}, "--pretrain_checkpoint does not go with --stage text_rag: it reads documents as"),
+    ({"stage": "text_rag", "qa_loss": False}, "--no_qa_loss does not go with --stage text_rag"),
+    ({"stage": "text_rag", "stage2_mips": True}, "--stage2_mips needs the retrieval service"),
+    ({"stage": "text_rag", "do_eval_gen": True}, "--do_eval_gen needs --eval_dataset"),
     ({"disable_ds_ckpt": True, "load_checkpoint": True}, "--load_checkpoint resumes from the checkpoints that"),
 ]
 
@@ -296,10 +307,11 @@ def refusals(tmp_path_factory):
     bare(root / "no-tokenizer", "token*", "special*", "chat*")
     broken = bare(root / "broken-json")
     (broken / "config.json").write_text('{"model_type": ')
-    for name in ("half", "other"):
+    for name in ("half", "other", "text"):
         shutil.copytree(CHECKPOINT, root / name)
     (root / "half" / "config.json").unlink()
     changed(root / "other" / "config.json", model_type="llama")
+    changed(root / "text" / "config.json", training_stage="text_rag")
     write_jsonl(root / "good.jsonl", records("stage1"))
     write_jsonl(root / "bad.jsonl", [qa(0), {**qa(1), "docs": [""]}])
     write_jsonl(root / "later.jsonl", [candidates(0)])
@@ -329,6 +341,15 @@ def refusals(tmp_path_factory):
         "blank data": {**at, "data": root / "blank.jsonl"},
         "bad evaluation": {**at, "eval_dataset": root / "held_out.jsonl"},
         "short": {**at, "max_len": 20},
+        "text checkpoint": {**stage1_2, "pretrain_checkpoint": root / "text"},
+        "short for text": {
+            **stage1_2,
+            "stage": "text_rag",
+            "doc_max_length": 256,
+            "generation_top_k": 5,
+            "max_len": 1024,
+        },
+        "stage-1 records": {**at, "stage": "text_rag"},
         "taken": {**at, "save_path": root / "taken"},
         "no weights": at,
     }
@@ -365,6 +386,9 @@ REASONS = {
     "blank data": "blank.jsonl holds no usable record for stage1",
     "bad evaluation": "held_out.jsonl:1: docs is missing",
     "short": "--max_len 20 leaves no room for an answer: 1 documents of 4 memory tokens and the prompt already take",
+    "text checkpoint": "is a text_rag checkpoint, the baseline without a compressor; no stage can continue from it",
+    "short for text": "--max_len 1024 leaves no room for an answer: 5 documents of 257 tokens of text and the prompt",
+    "stage-1 records": "good.jsonl:1: question must be one text, got ['Where was Marie Curie born?']; this looks like",
     "taken": "taken already holds a checkpoint",
     "no weights": "no-weights' was not found",
 }

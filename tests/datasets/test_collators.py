@@ -105,6 +105,74 @@ def test_stage1_2_takes_the_first_k_documents_and_counts_the_rest(tokens):
     assert batch["pos_index"] == [[1], [0]]
 
 
+def text_ids(tokens: ClaraTokens, record: dict, docs: list[str]) -> tuple[list[int], list[int]]:
+    """(prompt, answer and its end of turn) of a record read as text, by the tokenizer's own chat template."""
+    prompts, tokenizer = tokens.config.prompts, tokens.tokenizer
+    user = "Background:\n" + "\n\n".join(docs) + f"\n\nQuestion:{record['question']}"
+    turns = [{"role": "system", "content": prompts["answer_system"]}, {"role": "user", "content": user}]
+    start = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    turns.append({"role": "assistant", "content": record["gold_answer"]})
+    whole = tokenizer.apply_chat_template(turns, return_dict=False)
+    return start, whole[len(start) : len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
+
+
+def test_text_rag_is_the_text_prompt_and_the_answer(tokens):
+    records = [candidates(0, 3), candidates(1, 2), {**candidates(2, 2), "docs": [DOCS[2], LONG]}]
+    batch = collator(tokens, "text_rag", k=3)(rows("text_rag", records), epoch=0)
+    assert not any(key.startswith(("enc", "query")) for key in batch) and batch["stage"] == "text_rag"
+    width, cut = batch["dec_input_ids"].shape[1], tokens.seen_text(LONG)
+    assert cut != LONG and LONG.startswith(cut) and len(tokens.plain_ids([cut])[0]) == tokens.text_limit
+    for row, record in enumerate(records):
+        docs = [DOCS[2], cut] if row == 2 else record["docs"]
+        start, answer = text_ids(tokens, record, docs)
+        assert start == tokens.text_prompt(record["question"], docs).ids
+        padding = width - len(start) - len(answer)
+        assert batch["dec_input_ids"][row].tolist() == [tokens.pad_id] * padding + start + answer
+        assert batch["dec_attention_mask"][row].tolist() == [0] * padding + [1] * (width - padding)
+        assert batch["labels"][row].tolist() == [IGNORE] * (width - len(answer)) + answer
+    assert batch["counts"]["docs_cut"] == 1
+    assert batch["n_tokens"] == int(batch["dec_attention_mask"].sum())
+    assert batch["loss_count"] == int((batch["labels"] != IGNORE).sum())
+    assert batch["docs_per_question"].tolist() == [3, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("positives", "kept"),
+    [
+        ([], [0, 1, 2]),
+        (None, [0, 1, 2]),
+        ([4], [0, 1, 4]),
+        ([1, 4], [0, 1, 4]),
+        ([2, 3, 4], [2, 3, 4]),
+        ([0, 2, 3, 4], [0, 2, 3]),
+    ],
+)
+@pytest.mark.parametrize("train", [True, False])
+def test_text_rag_reads_the_positives_and_the_first_others_in_their_order(tokens, positives, kept, train):
+    record = {**candidates(0, 5), "pos_index": positives}
+    batch = collator(tokens, "text_rag", k=3)(rows("text_rag", [record]), epoch=3, train=train)
+    expected = text_ids(tokens, record, [record["docs"][i] for i in kept])[0]
+    mask = batch["dec_attention_mask"][0].bool() & (batch["labels"][0] == IGNORE)
+    assert batch["dec_input_ids"][0][mask].tolist() == expected
+    assert batch["pos_index"] == [[kept.index(i) for i in positives or [] if i in kept]]
+    assert batch["counts"]["docs_left_out"] == 2
+
+
+def test_text_rag_cuts_answers_and_counts_them_and_lost_samples_teach_nothing(tokens):
+    record = {**candidates(0, 2), "gold_answer": "In Warsaw, the town on the Vistula"}
+    start, answer = text_ids(tokens, record, record["docs"])
+    for max_len, cut, lost in (
+        (len(start) + len(answer), 0, 0),
+        (len(start) + 3, 1, 0),
+        (len(start), 0, 1),
+        (30, 0, 1),
+    ):
+        batch = collator(tokens, "text_rag", max_len=max_len)(rows("text_rag", [record]), epoch=0)
+        assert (batch["counts"]["answers_cut"], batch["counts"]["answers_lost"]) == (cut, lost)
+        assert batch["dec_input_ids"].tolist() == [(start + answer)[:max_len]]
+        assert batch["loss_count"] == max(0, max_len - len(start))
+
+
 def test_positions_beyond_the_first_k_documents_are_dropped(tokens):
     batch = collator(tokens, "stage1_2", k=2)(rows("stage1_2", [{**candidates(3), "pos_index": [1, 3]}]), epoch=0)
     assert batch["pos_index"] == [[1]]

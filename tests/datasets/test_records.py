@@ -363,6 +363,8 @@ def test_one_file_serves_every_stage_that_can_read_it(tmp_path):
         (["pretrain_data.jsonl", "end_to_end_data.jsonl"], "stage2", "train", ["end_to_end_data.jsonl"]),
         (["end_to_end_data.jsonl"], "stage2_pretrain_retrieval", "train", ["end_to_end_data.jsonl"]),
         (["instruction_data.jsonl", "end_to_end_data.jsonl"], "stage1_2", "train", ["instruction_data.jsonl"]),
+        (["instruction_data.jsonl", "end_to_end_data.jsonl"], "text_rag", "train", ["instruction_data.jsonl"]),
+        (["train.jsonl", "end_to_end_data.jsonl"], "text_rag", "train", ["end_to_end_data.jsonl"]),
         (["instruction_tuning_data.jsonl", "train.jsonl"], "stage1_2", "train", ["instruction_tuning_data.jsonl"]),
         (["train.jsonl", "dev.jsonl"], "stage2", "dev", ["dev.jsonl"]),
         (["b.jsonl", "a.jsonl", "notes.txt"], "stage1", "train", ["a.jsonl", "b.jsonl"]),

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(script: str, *arguments: str, **variables) -> subprocess.CompletedProcess:
     named = ("CHECKPOINT", "MODEL_PATH", "DATASETS", "EVAL_DATA", "SETTING", "MAX_QUESTIONS", "RESULTS_DIR")
+    named += ("TEXT_RAG_CHECKPOINT",)
     environment = {key: value for key, value in os.environ.items() if key not in named}
     environment |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {key: str(value) for key, value in variables.items()}

@@ -70,6 +70,13 @@ found["errors"] = {
     "rate": error(compr_rate=8),
     "value": error(generation_top_k=0),
 }
+reader = AutoModel.from_pretrained(repository, subfolder="text-rag", **TRUST)
+found["text"] = {"answers": reader.generate_from_text(given["questions"], given["documents"])}
+found["text"]["adapters"] = list(reader.decoder.peft_config)
+try:
+    reader.compress_documents(given["documents"][0])
+except ValueError as refused:
+    found["text"]["error"] = str(refused)
 found["config"] = AutoConfig.from_pretrained(repository, **TRUST).to_dict()["compr_rate"]
 found["memory_id"] = AutoTokenizer.from_pretrained(repository, **TRUST).convert_tokens_to_ids("<MEM0>")
 torch.save(found, out / "found.pt")

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa
-from tests.tiny import ANSWERS, BASES, DOCS, QUESTIONS, gradients, make_batch, new_model
+from tests.tiny import ANSWERS, BASES, DOCS, QUESTIONS, gradients, make_batch, new_model, text_rag_model
 
 LISTS = [DOCS[:2], DOCS[2:5], DOCS[5:]]
 
@@ -45,7 +45,8 @@ def test_adapters_cover_all_linear_layers_and_not_the_head(name, model):
 
 
 @pytest.mark.parametrize("stage", STAGE_TRAINS)
-def test_each_stage_gives_finite_gradients_on_exactly_its_adapters(model, stage):
+def test_each_stage_gives_finite_gradients_on_exactly_its_adapters(name, base_dir, model, stage):
+    model = text_rag_model(base_dir(name)) if stage == "text_rag" else model
     model.train_stage(stage)
     model.train()
     model.zero_grad()

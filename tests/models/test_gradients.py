@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 from openrlhf.models.lora import keep_mask
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa
 from openrlhf.models.selection import select_documents
-from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model, set_dropout
+from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model, set_dropout, text_rag_model
 
 LISTS = [DOCS[:3], DOCS[2:4], DOCS[1:6]]
 STAGES = ("stage1", "stage1_2", "stage2", "stage2_pretrain_retrieval")
+EVERY = (*STAGES, "text_rag")
 ADAPTERS = ("encoder_adapter", "decoder_adapter", "query_reasoner_adapter")
 
 
@@ -28,9 +29,13 @@ def owners(names) -> set[str]:
     return {next((a for a in ADAPTERS if f".{a}." in name), name) for name in names}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def model_of(stage: str, base, **options) -> CLaRa:
+    return text_rag_model(base, **options) if stage == "text_rag" else new_model(base, **options)
+
+
+@pytest.mark.parametrize("stage", EVERY)
 def test_exactly_what_the_stage_names_learns(mistral, stage):
-    model = new_model(mistral)
+    model = model_of(stage, mistral)
     model.train_stage(stage)
     adapters, memory = STAGE_TRAINS[stage]
     expected = {*adapters, "special.memory"} if memory else set(adapters)
@@ -74,10 +79,10 @@ def test_the_base_model_and_the_fixed_tokens_never_learn(mistral):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EVERY)
 def test_checkpointing_changes_no_gradient(mistral, stage, dropout):
     """Exactly equal: a recomputed segment runs under the adapter, and the dropout masks, of its forward pass."""
-    model = new_model(mistral, dtype=torch.float64)
+    model = model_of(stage, mistral, dtype=torch.float64)
     set_dropout(model, dropout)
     model.train_stage(stage)
     model.train()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from openrlhf.models.modeling_clara import CLaRa
-from tests.tiny import DOCS, QUESTIONS, new_model
+from tests.tiny import DOCS, QUESTIONS, new_model, text_rag_model
 
 LISTS = [DOCS[:3], DOCS[2:], DOCS[5:]]
 
@@ -22,14 +22,22 @@ def model(mistral) -> CLaRa:
 
 
 @pytest.fixture(scope="module")
-def found(model, mistral, tmp_path_factory) -> dict:
+def text_reader(mistral) -> CLaRa:
+    return text_rag_model(mistral)
+
+
+@pytest.fixture(scope="module")
+def found(model, text_reader, mistral, tmp_path_factory) -> dict:
     """What the probe saw: a published repository (code at the root, weights there and in a subfolder)."""
     root = tmp_path_factory.mktemp("remote")
     shutil.copytree(mistral, root / "repository" / "base")
     inside = CLaRa.from_pretrained(_saved(model, root / "first"), decoder_model_name=str(root / "repository" / "base"))
     inside.save_pretrained(root / "repository")
     inside.save_pretrained(root / "repository" / "compression-4")
-    for code in (root / "repository" / "compression-4").glob("*.py"):
+    base = str(root / "repository" / "base")
+    text = CLaRa.from_pretrained(_saved(text_reader, root / "text"), decoder_model_name=base)
+    text.save_pretrained(root / "repository" / "text-rag")
+    for code in (root / "repository").glob("*/*.py"):
         code.unlink()
     elsewhere = root / "elsewhere"
     elsewhere.mkdir()
@@ -65,6 +73,12 @@ def test_answers_and_vectors_are_bit_identical_without_the_project(model, found,
     assert seen["answers"] == answers and torch.equal(seen["topk"], topk)
     assert seen["paraphrases"] == model.generate_from_paraphrase(QUESTIONS, LISTS)
     assert seen["dtype"] == torch.float32 and not seen["training"]
+
+
+def test_a_text_rag_checkpoint_answers_without_the_project_and_says_what_it_is(text_reader, found):
+    assert found["text"]["answers"] == text_reader.generate_from_text(QUESTIONS, LISTS)
+    assert found["text"]["adapters"] == ["decoder_adapter"]
+    assert found["text"]["error"].startswith("this is a text_rag checkpoint")
 
 
 def test_what_a_user_without_the_project_saves_loads_here(model, found):

@@ -1,4 +1,4 @@
-"""A checkpoint of each stage, trained once for all tests that start from one."""
+"""A checkpoint of each stage, trained once for all tests that start from one, and of the baseline text_rag."""
 
 import pytest
 
@@ -10,9 +10,9 @@ OVERFIT = {"train_batch_size": 4, "micro_train_batch_size": 4, "max_epochs": 12,
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory) -> dict[str, Run]:
-    """Each stage on four records until it knows them: stage 1, then the three that can follow it."""
+    """Each stage on four records until it knows them: stage 1, then the three that can follow it; and the baseline."""
     folder = tmp_path_factory.mktemp("chain")
-    for stage in ("stage1", "stage1_2", "stage2", "stage2_pretrain_retrieval"):
+    for stage in ("stage1", "stage1_2", "stage2", "stage2_pretrain_retrieval", "text_rag"):
         write_jsonl(folder / f"{stage}.jsonl", records(stage, 4))
     runs = {"stage1": train(folder / "of-stage1", "stage1", mse_loss=True, **OVERFIT)}
     later = ("stage1_2", "stage2", "stage2_pretrain_retrieval")
@@ -20,4 +20,6 @@ def chain(tmp_path_factory) -> dict[str, Run]:
         target = folder / f"of-{stage}"
         options = {"pretrain_checkpoint": runs["stage1"].folder, "mse_loss": stage == "stage1_2", **OVERFIT}
         runs[stage] = start(target, flags(target, stage, **options))
+    target = folder / "of-text_rag"
+    runs["text_rag"] = start(target, flags(target, "text_rag", **OVERFIT))
     return {stage: run.ok() for stage, run in runs.items()}

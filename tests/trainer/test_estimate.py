@@ -72,13 +72,15 @@ def real_peak(model, batch: dict) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", ["stage1", "stage1_2", "stage2"])
+@pytest.mark.parametrize("stage", ["stage1", "stage1_2", "stage2", "text_rag"])
 def test_the_activations_are_those_of_a_real_pass(mistral, stage, checkpointing):
-    n_docs, k = {"stage1": (1, 1), "stage1_2": (2, 2), "stage2": (3, 2)}[stage]
-    model = tiny.new_model(mistral, generation_top_k=k)
+    n_docs, k = {"stage1": (1, 1), "stage1_2": (2, 2), "stage2": (3, 2), "text_rag": (2, 2)}[stage]
+    text = stage == "text_rag"
+    model = (tiny.text_rag_model if text else tiny.new_model)(mistral, generation_top_k=k)
     documents = [[tiny.DOCS[0]] * n_docs] * 4
     batch = tiny.make_batch(model, stage, documents, [tiny.QUESTIONS[0]] * 4, [" ".join(tiny.DOCS[:3])] * 4)
-    batch["enc_attention_mask"][0, 0] = batch["dec_attention_mask"][0, 0] = 0
+    for name in {"enc_attention_mask", "dec_attention_mask"} & set(batch):
+        batch[name][0, 0] = 0
     if stage == "stage2":
         batch["query_attention_mask"][0, 0] = 0
     model.train_stage(stage)
@@ -92,8 +94,8 @@ def test_the_activations_are_those_of_a_real_pass(mistral, stage, checkpointing)
         compress_rate=4,
         generation_top_k=k,
         candidates=n_docs,
-        doc_tokens=batch["enc_input_ids"].shape[1] - 3 - 4,
-        prompt_tokens=batch["dec_input_ids"].shape[1] - k * 5 - answers,
+        doc_tokens=9 if text else batch["enc_input_ids"].shape[1] - 3 - 4,
+        prompt_tokens=batch["dec_input_ids"].shape[1] - k * (9 if text else 5) - answers,
         answer_tokens=answers,
         question_tokens=batch["query_input_ids"].shape[1] - 3 - 4 if stage == "stage2" else 0,
         lora_r=4,
@@ -112,6 +114,19 @@ def test_a_straight_line_over_layers_is_what_all_layers_give():
     for key in ("parameters", "trained", "flops/step", "flops/document"):
         assert line[key] == all_layers[key]
     assert activations(line) == pytest.approx(activations(all_layers), rel=0.01)
+
+
+def test_text_rag_counts_one_generator_pass_over_all_documents_and_no_compressor(mistral):
+    text = {"candidates": 3, "generation_top_k": 3}
+    short, long = (count(plan("text_rag", **{**text, "doc_tokens": n}), 1, "cpu") for n in (10, 40))
+    model = tiny.text_rag_model(mistral)
+    model.train_stage("text_rag")
+    assert plan("text_rag", **text).width == plan("text_rag", **text).tokens == 20 + 3 * 21 + 10
+    assert short["flops/document"] == long["flops/document"] == 0
+    assert not [key for key in short if "compressor" in key] and short["flops/step"] < long["flops/step"]
+    found = counted(Plan(model.decoder.config, "text_rag", doc_max_length=16, compress_rate=4, lora_r=4), "cpu")
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_checkpointing_trades_memory_for_one_more_forward_pass():

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from evaluation.metrics import best_over_golds, cover_exact_match_score, exact_match_score, f1_score
+from openrlhf.datasets.records import record_rows
 from tests.tiny import make_batch
 from tests.trainer.facts import candidates, write_jsonl
-from tests.trainer.launch import BASE_MODEL, Run, call, flags, train, train_many
+from tests.trainer.launch import BASE_MODEL, Run, call, config, flags, train, train_many
 
 TRAINING = [candidates(i) for i in range(8)]
 HELD_OUT = [candidates(i, 4 + i % 2) for i in range(8, 13)]  # micro-batches of 3 and 2
@@ -22,6 +23,7 @@ def runs(tmp_path_factory, chain) -> dict[str, Run]:
     lines = {
         "stage2": flags(folder / "stage2", "stage2", data, **common, **answers),
         "stage1_2": flags(folder / "stage1_2", "stage1_2", data, **common, **answers),
+        "text_rag": flags(folder / "text_rag", "text_rag", data, **{**common, "pretrain_checkpoint": None}, **answers),
         "every3": flags(folder / "every3", "stage2", data, **common, eval_dataset=held_out, eval_steps=3),
         "never": flags(folder / "never", "stage2", data, **common),
     }
@@ -63,6 +65,14 @@ def test_retrieval_figures_are_there_in_stage_2_and_not_before(runs, split):
     assert not any(names & set(line) for line in runs["stage1_2"].lines(split))
 
 
+def read_in(stage: str, record: dict) -> list[str]:
+    """The documents a record puts into a batch: K = 2 outside stage 2, in text_rag the positive among them."""
+    docs, (positive,) = record["docs"], record["pos_index"]
+    if stage == "stage2":
+        return docs
+    return docs[:2] if stage == "stage1_2" or positive < 2 else [docs[0], docs[positive]]
+
+
 def figures(folder, stage: str) -> dict[str, float]:
     """The figures of a checkpoint on the held-out records, one record at a time."""
     from openrlhf.models.modeling_clara import CLaRa
@@ -81,10 +91,10 @@ def figures(folder, stage: str) -> dict[str, float]:
                 sums[f"recall_{k}"] += record["pos_index"][0] in order[:k].tolist()
             answer = model.generate_from_questions([question], [docs], 64)[0][0]
         else:
-            answer = model.generate_from_text([question], [docs[:2]], 64)[0]
+            answer = model.generate_from_text([question], [read_in(stage, record)], 64)[0]
         for name, score in (("em", exact_match_score), ("f1", f1_score), ("cover_em", cover_exact_match_score)):
             sums[name] += float(best_over_golds(score, answer, [gold]))
-        shown = [docs if stage == "stage2" else docs[:2]]
+        shown = [read_in(stage, record)]
         with torch.no_grad():
             batch = make_batch(model, stage, shown, [question], [gold], [record["pos_index"]])
             count = int((batch["labels"] != -100).sum())
@@ -94,12 +104,37 @@ def figures(folder, stage: str) -> dict[str, float]:
     return {"loss": loss / tokens, "answer_tokens": tokens, **mean}
 
 
-@pytest.mark.parametrize("stage", ["stage2", "stage1_2"])
+@pytest.mark.parametrize("stage", ["stage2", "stage1_2", "text_rag"])
 def test_evaluation_figures_are_those_of_the_saved_checkpoint(runs, stage):
     """The loss is a mean over all answer tokens, scores and recall are means over all questions."""
     line = runs[stage].lines("eval")[-1]
     expected = call(figures, runs[stage].folder, stage)
     assert {name: line[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def answered_from(arguments: list[str], rows: list[dict]) -> list[list[str]]:
+    """The documents that --do_eval_gen answers each record from."""
+    from openrlhf.models.modeling_clara import CLaRa
+    from openrlhf.trainer import build
+
+    seen: list[list[str]] = []
+
+    class Recorder(CLaRa):
+        def __init__(self): ...
+
+        def generate_from_text(self, questions, documents, max_new_tokens=None):
+            seen.extend(documents)
+            return [""] * len(questions)
+
+    build.answerer(Recorder(), config(arguments))(rows)
+    return seen
+
+
+@pytest.mark.parametrize("stage", ["stage1_2", "text_rag"])
+def test_answers_are_given_from_the_documents_that_training_reads(tmp_path, stage):
+    rows = [record_rows(record, stage)[0] for record in HELD_OUT]
+    line = flags(tmp_path / "run", stage, write_jsonl(tmp_path / "data.jsonl", HELD_OUT))
+    assert call(answered_from, line, rows) == [read_in(stage, record) for record in HELD_OUT]
 
 
 def test_answers_of_an_overfitted_model_score(tmp_path, chain):

@@ -62,6 +62,24 @@ def test_every_zero_stage_gives_the_same_curve_and_weights(folder, alone, zero, 
     assert len(weights) == (ranks if zero == 3 else 1)  # ZeRO 3 partitions the weights too
 
 
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_ranks_train_text_rag_as_one_does(folder, zero):
+    """The real command under torchrun; the loss falls."""
+    options = {"max_epochs": 4, "learning_rate": 1e-2, "max_samples": 8, "train_batch_size": 4, "zero_stage": zero}
+    alone = train(folder / f"text{zero}", "text_rag", **options)
+    arguments = flags(folder / f"texts{zero}", "text_rag", **options)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    done = command(*torchrun, "-m", "openrlhf.cli.train_sft", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = Run(folder / f"texts{zero}")
+    for name in ("loss", "grad_norm", "tokens", "answer_tokens"):
+        assert two.curve(name) == pytest.approx(alone.curve(name), rel=1e-4), name
+    assert sum(two.curve()[-2:]) < 0.7 * sum(two.curve()[:2]), two.curve()
+    theirs = adapter(alone.folder, "decoder")
+    for key, value in adapter(two.folder, "decoder").items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def stage2(folder) -> dict[int, Run]:
     """Stage 2 with candidate lists of 3 to 5 and generation in evaluation, on one rank and on two."""

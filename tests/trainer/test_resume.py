@@ -170,6 +170,19 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, moment
     assert not list(again.folder.glob("**/.incoming*")) or "final" in moment
 
 
+def test_a_killed_text_rag_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    training = write_jsonl(tmp_path / "text.jsonl", records("text_rag"))
+    options = {"data": training, "eval_dataset": training, **OPTIONS, "mse_loss": False}
+    whole = start(tmp_path / "whole", flags(tmp_path / "whole", "text_rag", **options)).ok()
+    line = flags(tmp_path / "run", "text_rag", **options)
+    killed = start(tmp_path / "run", line, before=functools.partial(in_step, 5)).wait()
+    assert killed.code == -signal.SIGKILL and not loads(killed.folder)
+    again = start(killed.folder, [*line, "--load_checkpoint"]).ok()
+    assert resumed_from(again) == 4
+    assert again.figures() == whole.figures() and again.saved() == whole.saved()
+    assert list(again.saved()) == list(whole.saved()) and len(whole.saved()) == 2
+
+
 def n_lines(folder: Path) -> int:
     """Whole lines of metrics.jsonl so far."""
     path = folder / "metrics.jsonl"

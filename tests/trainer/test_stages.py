@@ -47,10 +47,32 @@ def small(tmp_path, chain):
     return run
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "text_rag"])
 def test_each_stage_lowers_its_training_loss(chain, stage):
     curve = chain[stage].curve()
     assert sum(curve[-2:]) < 0.7 * sum(curve[:2]), curve
+
+
+def test_text_rag_trains_the_generator_alone_and_reports_no_mse(small, chain):
+    run, still = chain["text_rag"], small("text_rag", "still", source="", learning_rate=STILL)
+    assert [path.name for path in run.folder.glob("*_adapter")] == ["decoder_adapter"]
+    assert is_fresh(adapter(still.folder, "decoder")) and not is_fresh(adapter(run.folder, "decoder"))
+    trained, fresh = rows(run), rows(small("text_rag", "other", source="", max_samples=1))
+    assert same(trained, fresh)  # the embeddings are those of the seed
+    assert all("mse_loss" not in line and "recall_1" not in line for line in run.lines())
+    assert "mse" not in run.errors and "loss" in run.errors
+    card = (run.folder / "README.md").read_text()
+    assert "# Text RAG baseline" in card and "no compressor" in card and "compress_rate" not in card
+
+
+def test_text_rag_reads_instruction_and_end_to_end_records_together(small, tmp_path):
+    """Of four documents a K of two keeps the positive, wherever it stands, and the first other."""
+    one = write_jsonl(tmp_path / "instruction_data.jsonl", [{**candidates(i, 2), "pos_index": None} for i in range(3)])
+    two = write_jsonl(tmp_path / "end_to_end_data.jsonl", [candidates(i) for i in range(3, 8)])
+    run = small("text_rag", source="", data=f"{one},{two}", eval_dataset=two)
+    assert run.curve("records", "eval")[0] == 5
+    assert "10 documents beyond K, left out (counted once a sample and epoch)" in run.errors
+    assert sum(run.curve("answer_tokens")) > 2 * 8
 
 
 def test_stage_1_lowers_the_distance_of_memory_and_text(chain):

@@ -1,0 +1,302 @@
+"""A model and a corpus become a store: what is missing is compressed, in portions, each one commit.
+
+Contract: one process reads the corpus and writes the store, others only compress (`in_processes`). Started again after
+an interruption, a run compresses what is missing and nothing else. Knows nothing about flags.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from tqdm import tqdm
+
+from openrlhf.models.adapters import ENCODER, adapter_state
+from openrlhf.models.document_cache import document_keys
+from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.models.tokens import ClaraTokens
+from openrlhf.retrieval.corpus import Corpus
+from openrlhf.retrieval.layout import HEADER_FILE
+from openrlhf.retrieval.store import Document, Store
+
+logger = logging.getLogger(__name__)
+
+Rows = list[list[int]]
+Compressed = tuple[torch.Tensor, torch.Tensor]
+# Batches of one process in a portion: what a crash may cost, and room to put like lengths together.
+BATCHES = 8
+# Facts of a base model's config that change what it computes.
+_ARCHITECTURE = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "vocab_size", "hidden_act", "rms_norm_eps", "sliding_window"),
+)
+_FIRST_NUMBERS = 32
+_PROBE = "Zwölf  Boxkämpfer\n\n\t3.14 != 2,71; def f(x): return x**2 <b>東京</b> 😀 naïve </s> don't"
+
+
+def fingerprint(model: CLaRa) -> dict:
+    """What must be the same for vectors to share a store; the fields that `Store.check_header` compares.
+
+    Tensors are hashed after rounding to bfloat16, so a float32 and a bfloat16 load of one checkpoint have the same
+    fingerprint: their vectors differ by rounding, as the stored bfloat16 does anyway. Hashed are
+
+    - compressor: every tensor of the encoder adapter;
+    - memory_embeddings: the rows of the memory tokens, `<AE>`, `<ENC>` and `<SEP>`;
+    - base: the numbers of its config that shape it, its first and last embedding rows, and the first 32 numbers of each
+      further parameter (not of quantised ones): enough to tell fine-tunes and versions of a model apart, cheaply;
+    - tokenizer: the vocabulary, and the ids of a text of many scripts;
+    - input_layout: the ids that surround a text, the memory tokens, and where a long text is cut.
+    """
+    config, tokens = model.config, model.tokens
+    vocabulary = sorted(tokens.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    long_row = tokens.encoder_rows(["a " * (config.doc_max_length + 8)])[0]
+    layout = [tokens.encoder_rows([""])[0], tokens.memory_ids, len(long_row), long_row[:2]]
+    return {
+        "compressor": _hash_tensors(adapter_state(model.decoder, ENCODER)),
+        "memory_embeddings": _hash_tensors({"memory": model.special.memory, "others": model.special.others}),
+        "base": _hash_base(model),
+        "tokenizer": _hash(json.dumps([vocabulary, tokens.plain_ids([_PROBE])])),
+        "input_layout": _hash(json.dumps(layout)),
+        "quantization": config.quantization,
+        "doc_max_length": config.doc_max_length,
+        "compr_rate": config.compr_rate,
+        "n_memory": config.n_memory_tokens,
+        "width": model.decoder.config.hidden_size,
+    }
+
+
+def _hash_base(model: CLaRa) -> str:
+    config = model.decoder.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    facts = {name: getattr(config, name, None) for name in _ARCHITECTURE}
+    facts["rope_theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    embedding_VD = model.decoder.get_input_embeddings().weight
+    parts = {"first": embedding_VD[:8], "last": embedding_VD[model.tokens.first_special_id - 8 : len(embedding_VD)][:8]}
+    for name, parameter in model.decoder.named_parameters():
+        if "lora_" not in name and parameter.is_floating_point():
+            parts[name.replace(".base_layer", "")] = parameter.flatten()[:_FIRST_NUMBERS]
+    return _hash(json.dumps(facts) + _hash_tensors(parts))
+
+
+def _hash_tensors(tensors: Any) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        rounded = tensors[name].detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{tuple(rounded.shape)}".encode())
+        digest.update(rounded.view(torch.int16).numpy())
+    return digest.hexdigest()[:32]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def open_store(path: str | Path, model: CLaRa, base_model: str = "") -> Store:
+    """The store for this model's vectors, open for writing; a new one where there is none.
+
+    Args:
+        base_model: noted in a new store's header, beside the dtype; neither is compared.
+
+    Raises:
+        ValueError, OSError: see `Store.open` and `Store.create`; another model made the store.
+    """
+    made_by = fingerprint(model)
+    if (Path(path) / HEADER_FILE).is_file():
+        return Store.open(path, made_by, write=True)
+    dtype = str(model.dtype).removeprefix("torch.")
+    name = base_model or model.config.decoder_model_name
+    return Store.create(path, {**made_by, "base_model": name, "dtype": dtype})
+
+
+def compressed_text(document: Document) -> str:
+    """What the compressor reads of a document: `title`, a line break and the text, as in the training data; without a
+    title the text alone."""
+    return f"{document.title}\n{document.text}" if document.title else document.text
+
+
+@dataclass
+class Counts:
+    """What became of a corpus's documents."""
+
+    documents: int = 0
+    new: int = 0
+    replaced: int = 0
+    unchanged: int = 0
+    cut: int = 0
+    compressed: int = 0
+
+
+@dataclass
+class Portion:
+    """Documents of one commit: their keys, and the token ids of each key that is not in the store."""
+
+    documents: list[Document]
+    keys: list[bytes]
+    missing: dict[bytes, list[int]]
+    position: int
+    """Lines or files of the corpus read up to here."""
+
+
+def portions(store: Store, tokens: ClaraTokens, corpus: Corpus, size: int, counts: Counts) -> Iterator[Portion]:
+    """The documents that the store does not hold as they are, at most `size` at a time.
+
+    What a document is (new, replaced, unchanged) is counted in `counts`.
+    """
+    stream = corpus.documents(tokens.config.doc_max_length, lambda text: len(tokens.plain_ids([text])[0]))
+    while chunk := list(itertools.islice(stream, size)):
+        counts.documents += len(chunk)
+        latest = {document.id: document for document in chunk}  # an id given twice: the later one counts
+        before = store.find(list(latest))
+        changed = [document for document, old in zip(latest.values(), before, strict=True) if document != old]
+        counts.unchanged += len(latest) - len(changed)
+        counts.new += before.count(None)
+        counts.replaced += len(chunk) - len(latest) + len(changed) - before.count(None)
+        rows = tokens.encoder_rows([compressed_text(document) for document in changed])
+        full = tokens.config.doc_max_length + 3
+        counts.cut += sum(len(row) == full and row[-1] != tokens.tokenizer.eos_token_id for row in rows)
+        keys = _keys(tokens, rows)
+        missing = {key: row for key, row, known in zip(keys, rows, store.known(keys), strict=True) if not known}
+        if changed:
+            yield Portion(changed, keys, missing, corpus.position)
+
+
+def _keys(tokens: ClaraTokens, rows: Rows) -> list[bytes]:
+    return [document_keys(*tokens.encoder_batch([row]))[0] for row in rows]
+
+
+def fill(store: Store, work: Iterable[tuple[Portion, Compressed]], counts: Counts, total: int, corpus: Corpus) -> None:
+    """Commits portions as they come, with a progress bar over the corpus's lines or files.
+
+    Args:
+        work: from `in_processes` or `in_ray`.
+        total: lines or files of the corpus.
+    """
+    with tqdm(total=total, desc="compressing", unit="doc" if corpus.path.is_file() else "file", disable=None) as bar:
+        for portion, (docs_NLD, mse_N) in work:
+            vectors = dict(zip(portion.missing, docs_NLD, strict=True))
+            mse = dict(zip(portion.missing, mse_N.tolist(), strict=True))
+            store.add(portion.documents, portion.keys, vectors, mse)
+            counts.compressed += len(vectors)
+            bar.update(portion.position - bar.n)
+        bar.update(total - bar.n)
+
+
+def repair(store: Store, model: CLaRa, damaged: Sequence[int], size: int) -> int:
+    """Compresses the documents of damaged rows again, from the texts that the store holds, and writes them to new rows.
+
+    Returns:
+        how many vectors were written.
+    """
+    store.start_shard()
+    written = 0
+    for start in tqdm(range(0, len(damaged), size), desc="repairing", disable=None):
+        found = store.documents_at(damaged[start : start + size])
+        rows = model.tokens.encoder_rows([compressed_text(documents[0]) for documents in found])
+        docs_NLD, _ = model.compress_rows(rows)
+        store.rewrite(dict(zip(_keys(model.tokens, rows), docs_NLD.cpu(), strict=True)))
+        written += len(rows)
+    return written
+
+
+def in_processes(
+    model: CLaRa, state: PartialState, work: Iterator[Portion] | None
+) -> Generator[tuple[Portion, Compressed], None, None]:
+    """Compresses portions in all processes of `state`; each portion's rows are shared out by length.
+
+    Args:
+        work: on the main process; the others have none, and yield nothing.
+    """
+    if state.num_processes == 1:
+        for portion in work or ():
+            yield portion, _cpu(model.compress_rows(list(portion.missing.values())))
+        return
+    if work is None:
+        while (rows := _scatter(None)) is not None:
+            dist.gather_object(_cpu(model.compress_rows(rows)), None)
+        return
+    try:
+        for portion in work:
+            shares = share(list(portion.missing.values()), state.num_processes)
+            mine = _scatter([[row for _, row in part] for part in shares])
+            gathered: list = [None] * state.num_processes
+            dist.gather_object(_cpu(model.compress_rows(mine)), gathered)
+            yield portion, together(shares, gathered)
+    finally:
+        _scatter([None] * state.num_processes)  # the others may go
+
+
+class RayWorker:
+    """Holds a model on one of a cluster's devices."""
+
+    def __init__(self, load: Callable[[], CLaRa]):
+        self.model = load()
+
+    def compress(self, rows: Rows) -> Compressed:
+        """Compresses encoder rows, see `CLaRa.compress_rows`."""
+        return _cpu(self.model.compress_rows(rows))
+
+
+def in_ray(
+    load: Callable[[], CLaRa], work: Iterator[Portion], n_workers: int | None = None
+) -> Generator[tuple[Portion, Compressed], None, None]:
+    """Compresses portions on a Ray cluster, each in one of its workers, and yields them as they are done.
+
+    Joins the cluster that RAY_ADDRESS names, or makes one of this machine.
+
+    Args:
+        load: loads the model, in every worker: checkpoint and base model must be found under the same paths there.
+        n_workers: default: as many as the cluster has GPUs, or 1 where it has none.
+    """
+    import ray
+
+    ray.init(include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    remote = ray.remote(num_gpus=1)(RayWorker) if gpus else ray.remote(num_cpus=1)(RayWorker)
+    workers = [remote.remote(load) for _ in range(n_workers or max(1, gpus))]
+    # One portion more than there are workers for each, so that none waits for the commit of another's.
+    idle, running = [*workers, *workers], {}
+    try:
+        while True:
+            while idle and (portion := next(work, None)) is not None:
+                worker = idle.pop(0)
+                running[worker.compress.remote(list(portion.missing.values()))] = (portion, worker)
+            if not running:
+                return
+            (done,), _ = ray.wait(list(running))
+            portion, worker = running.pop(done)
+            idle.append(worker)
+            yield portion, ray.get(done)
+    finally:
+        ray.shutdown()
+
+
+def share(rows: Rows, n: int) -> list[list[tuple[int, list[int]]]]:
+    """Rows with their positions, dealt out to n by length, so that all have about as much to do."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    return [[(i, rows[i]) for i in order[part::n]] for part in range(n)]
+
+
+def together(shares: list[list[tuple[int, list[int]]]], results: Sequence[Compressed]) -> Compressed:
+    """The results of shares, in the order of the rows."""
+    places = torch.tensor([i for part in shares for i, _ in part], dtype=torch.int64)
+    back = places.argsort()
+    docs_NLD, mse_N = (torch.cat(column)[back] for column in zip(*results, strict=True))
+    return docs_NLD, mse_N
+
+
+def _scatter(parts: list | None) -> Any:
+    mine: list = [None]
+    dist.scatter_object_list(mine, parts)
+    return mine[0]
+
+
+def _cpu(compressed: Compressed) -> Compressed:
+    docs_NLD, mse_N = compressed
+    return docs_NLD.to("cpu", torch.bfloat16), mse_N.cpu()

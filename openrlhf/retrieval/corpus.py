@@ -1,0 +1,209 @@
+"""Corpora: passages from a JSONL file, or from a folder of text files that are cut where they are long.
+
+Contract: a stream of `Document`s, the same at every reading; a bad line or file is named with its reason. Holds one
+document, or one file, in memory. Knows nothing about models: who asks gives the function that counts tokens.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from openrlhf.datasets.records import RecordError
+from openrlhf.retrieval.store import Document
+
+TEXT_FIELDS = ("text", "contents", "content")
+SUFFIXES = (".txt", ".md")
+# Where a long text may be cut, from the best place to the last resort; the last cuts between any two characters.
+_BORDERS = (r"\n\s*\n", r"\n", r"(?<=[.!?…])[\"'”’)]*\s+|(?<=[。！？])", r"\s+", "")
+
+
+class Corpus:
+    """The documents of a corpus, in order; may be read several times.
+
+    Args:
+        path: a JSONL file (`{"id"?, "text" | "contents" | "content", "title"?, "page"?, …}`, all else is metadata), or
+            a folder with .txt and .md files at any depth.
+        skip_bad: pass over bad lines and files, and count them; otherwise the first one raises.
+
+    Attributes:
+        position: lines or files read so far in this reading.
+        skipped: bad lines or files passed over in this reading; `first_skipped` tells the first.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
+
+    def __init__(self, path: str | Path, skip_bad: bool = False):
+        self.path, self.skip_bad = Path(path), skip_bad
+        if not self.path.exists():
+            raise FileNotFoundError(f"{path} does not exist: give a JSONL file, or a folder of .txt and .md files")
+        self._restart()
+
+    def _restart(self) -> None:
+        self.position = self.skipped = 0
+        self.first_skipped = ""
+
+    def check(self) -> int:
+        """Reads everything once, without cutting: the number of lines or files.
+
+        Raises:
+            RecordError: `file:line: reason` of the first bad one (unless they are skipped), or none is usable.
+        """
+        usable = sum(1 for _ in self._documents())
+        if not usable:
+            what = "no .txt or .md file with text" if self.path.is_dir() else "no usable line"
+            told = f"; the first of {self.skipped} bad ones: {self.first_skipped}" if self.skipped else ""
+            raise RecordError(f"{self.path} holds {what}{told}")
+        return self.position
+
+    def documents(self, limit: int, count: Callable[[str], int]) -> Iterator[Document]:
+        """Every document; a file of more than `limit` tokens as passages `path#1`, `path#2` …
+
+        Args:
+            count: number of tokens of a text.
+
+        Raises:
+            RecordError: see `check`.
+        """
+        for document in self._documents():
+            parts = passages(document.text, limit, count) if self.path.is_dir() else [document.text]
+            if len(parts) == 1:
+                yield document
+            else:
+                yield from (Document(f"{document.id}#{n}", part) for n, part in enumerate(parts, 1))
+
+    def _documents(self) -> Iterator[Document]:
+        self._restart()
+        for place, read in self._files() if self.path.is_dir() else self._lines():
+            self.position += 1
+            try:
+                document = read()
+            except RecordError as error:
+                if not self.skip_bad:
+                    raise RecordError(f"{place}: {error}") from None
+                self.skipped += 1
+                self.first_skipped = self.first_skipped or f"{place}: {error}"
+                continue
+            if document is not None:
+                yield document
+
+    def _lines(self) -> Iterator[tuple[str, Callable[[], Document | None]]]:
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                yield f"{self.path}:{number}", lambda line=line, encoding=encoding: parse_line(line, encoding)  # type: ignore[misc]
+
+    def _files(self) -> Iterator[tuple[str, Callable[[], Document]]]:
+        for folder, below, names in os.walk(self.path):
+            below.sort()
+            for path in (Path(folder, name) for name in sorted(names)):
+                if path.suffix.lower() in SUFFIXES:
+                    yield str(path), lambda path=path: self._file(path)  # type: ignore[misc]
+
+    def _file(self, path: Path) -> Document:
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecordError(f"not UTF-8 at byte {error.start}") from None
+        except OSError as error:
+            raise RecordError(f"cannot be read: {error.strerror}") from None
+        if not text.strip():
+            raise RecordError("holds no text")
+        return Document(path.relative_to(self.path).as_posix(), text.strip())
+
+
+def parse_line(line: bytes, encoding: str = "utf-8") -> Document | None:
+    """The document of one JSONL line, None for a blank one.
+
+    Raises:
+        RecordError: with the reason why it cannot be used.
+    """
+    try:
+        text = line.decode(encoding)
+        record = json.loads(text) if text.strip() else None
+    except UnicodeDecodeError as error:
+        raise RecordError(f"not UTF-8 at byte {error.start} of the line") from None
+    except json.JSONDecodeError as error:
+        raise RecordError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except (RecursionError, ValueError) as error:  # thousands of brackets or digits
+        raise RecordError(f"not JSON that can be read: {error}") from None
+    return None if not text.strip() else _document(record)
+
+
+def _document(record: object) -> Document:
+    if not isinstance(record, dict):
+        raise RecordError(f"a line must be a JSON object, got {_shown(record)}")
+    rest = dict(record)
+    field = next((name for name in TEXT_FIELDS if rest.get(name) is not None), None)
+    if field is None:
+        raise RecordError("text is missing (contents and content are accepted too)")
+    text, title, page, name = rest.pop(field), rest.pop("title", None), rest.pop("page", None), rest.pop("id", None)
+    title = "" if title is None else title
+    for what, value in ((field, text), ("title", title)):
+        if not isinstance(value, str) or (what == field and not value.strip()):
+            raise RecordError(f"{what} must be a text, got {_shown(value)}")
+    if isinstance(page, bool) or not isinstance(page, int | None):
+        raise RecordError(f"page must be a whole number, got {_shown(page)}")
+    if name is None:
+        name = hashlib.sha256(f"{title}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
+        raise RecordError(f"id must be a text or a whole number, got {_shown(name)}")
+    try:
+        f"{name}{title}{text}{json.dumps(rest, ensure_ascii=False)}".encode()
+    except UnicodeEncodeError:
+        raise RecordError("contains half a surrogate pair, which is no text") from None
+    return Document(str(name), text, title, page, rest)
+
+
+def _shown(value: object) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def passages(text: str, limit: int, count: Callable[[str], int]) -> list[str]:
+    """Cuts a text into passages of at most `limit` tokens, each as long as it can be up to the end of a paragraph;
+    inside a paragraph that is too long itself at lines, sentences, words and, at last, characters. Nothing is lost but
+    the space around the cuts."""
+    parts = _cut(text, lambda part: count(part.strip()) <= limit, _BORDERS)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _cut(text: str, fits: Callable[[str], bool], borders: tuple[str, ...]) -> list[str]:
+    """Parts that fit and together are the text."""
+    if fits(text) or len(text) == 1:
+        return [text]
+    ends = [match.end() for match in re.finditer(borders[0], text)]
+    bounds = [0, *(end for end in ends if 0 < end < len(text)), len(text)]
+    pieces = [text[start:end] for start, end in itertools.pairwise(bounds)]
+    parts, start = [], 0
+    while start < len(pieces):
+        n = _longest(pieces, start, fits)
+        if n:
+            parts.append("".join(pieces[start : start + n]))
+            start += n
+            continue
+        *full, rest = _cut(pieces[start], fits, borders[1:])
+        parts += full
+        # What is left of a long piece goes on with the next one.
+        pieces[start] = rest
+        if not full:  # a single character that does not fit
+            parts.append(rest)
+            start += 1
+    return parts
+
+
+def _longest(pieces: list[str], start: int, fits: Callable[[str], bool]) -> int:
+    """How many pieces from `start` on fit together: doubling, then halving, so that long texts take few counts."""
+    low, step = 0, 1
+    while start + low + step <= len(pieces) and fits("".join(pieces[start : start + low + step])):
+        low += step
+        step *= 2
+    while step > 1:
+        step //= 2
+        if start + low + step <= len(pieces) and fits("".join(pieces[start : start + low + step])):
+            low += step
+    return low
