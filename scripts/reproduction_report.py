@@ -96,7 +96,7 @@ def measured(results: Results, run: str) -> str:
         if rows:
             parts.append(f"{label}, %:\n")
             parts.append(table(["system", "setting", *DATASET_LABELS.values()], rows) + "\n")
-    said_again = [f for f in facts["figures"] if f["metric"] in SAID_AGAIN and f["dataset"] == AVERAGE]
+    said_again = [f for f in facts["figures"] if f["metric"] in SAID_AGAIN]
     if facts["suite"] == "pretraining" and said_again:
         rows = [[SYSTEM_LABELS.get(f["system"], f["system"]), SAID_AGAIN[f["metric"]], percent(f)] for f in said_again]
         parts.append(table(["system", "score", "value, %"], rows) + "\n")
