@@ -67,33 +67,41 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> tuple[Corpus | None, int]:
     """What can be wrong is found here, before the model loads: the corpus, and how many lines or files it has.
 
+    Corpus and store are the first process's alone; the others only compress.
+
     Raises:
         ValueError, OSError: in words.
     """
-    there = (args.output / HEADER_FILE).is_file()
-    if not there and args.input is None:
-        raise FileNotFoundError(f"--output {args.output} is not a store: it has no {HEADER_FILE}")
     first = os.environ.get("RANK", "0") == "0"
-    if not there:
-        check_new(args.output)
-    elif first:  # now and not later: whether it is whole, and whether another process writes
+    if first:
+        check_output(args)
+    if args.model is not None:
+        root = find_checkpoint(args.model)
+        config, _ = read_config(root, None, {"decoder_model_name": args.model_path} if args.model_path else {})
+        find_base(config.decoder_model_name, root, Path.cwd())
+        if first and (args.output / HEADER_FILE).is_file():
+            here = {name: getattr(config, name) for name in ("doc_max_length", "compr_rate")}
+            check_header(args.output, read_header(args.output), here)
+    if args.input is None or not first:
+        return None, 0
+    corpus = Corpus(args.input, args.skip_bad_records)
+    return corpus, corpus.check()
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises ValueError or OSError unless --output can be used."""
+    if (args.output / HEADER_FILE).is_file():
+        # Whether it is whole, and whether another process writes.
         Store.open(args.output, write=not args.verify, damaged=args.verify or args.repair).close()
+    elif args.input is None:
+        raise FileNotFoundError(f"--output {args.output} is not a store: it has no {HEADER_FILE}")
+    else:
+        check_new(args.output)
     if args.delete is not None and not args.delete.is_file():
         raise FileNotFoundError(f"--delete {args.delete} is not a file: give one with an id on each line")
     place = next(path for path in (args.output.absolute(), *args.output.absolute().parents) if path.exists())
     if not args.verify and not os.access(place, os.W_OK):
         raise PermissionError(f"--output {args.output}: {place} is not writable")
-    if args.model is not None:
-        root = find_checkpoint(args.model)
-        config, _ = read_config(root, None, {"decoder_model_name": args.model_path} if args.model_path else {})
-        find_base(config.decoder_model_name, root, Path.cwd())
-        if there:
-            here = {name: getattr(config, name) for name in ("doc_max_length", "compr_rate")}
-            check_header(args.output, read_header(args.output), here)
-    if args.input is None:
-        return None, 0
-    corpus = Corpus(args.input, args.skip_bad_records)
-    return corpus, corpus.check() if first else 0
 
 
 def load(args: argparse.Namespace, device=None):
@@ -114,7 +122,7 @@ def load(args: argparse.Namespace, device=None):
     return model
 
 
-def compress(args: argparse.Namespace, corpus: Corpus, total: int) -> None:
+def compress(args: argparse.Namespace, corpus: Corpus | None, total: int) -> None:
     """Compresses what is missing, and prints what was done."""
     import torch
     from accelerate import PartialState
@@ -125,7 +133,7 @@ def compress(args: argparse.Namespace, corpus: Corpus, total: int) -> None:
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
     set_up_logging(state.process_index)
     model = load(args, state.device)
-    if not state.is_main_process:
+    if corpus is None:  # not the first process
         for _ in in_processes(model, state, None):
             pass
         return
@@ -145,7 +153,7 @@ def compress(args: argparse.Namespace, corpus: Corpus, total: int) -> None:
 
 def summary(args: argparse.Namespace, corpus: Corpus, counts, store: Store, seconds: float) -> str:
     """The report for people."""
-    said = f"{counts.documents:,} in {args.input}: {counts.new:,} new, {counts.replaced:,} replaced an older text of "
+    said = f"{counts.documents:,} in {args.input}: {counts.new:,} new, {counts.replaced:,} replaced the older one of "
     said += f"their id, {counts.unchanged:,} were there already"
     lines = {"documents": said}
     if corpus.skipped:
@@ -212,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         corpus, total = check(args)
         code = 1
-        if corpus is None:
+        if args.input is None:
             sys.exit(maintain(args))
         compress(args, corpus, total)
     except KeyboardInterrupt:

@@ -151,20 +151,63 @@ def portions(store: Store, tokens: ClaraTokens, corpus: Corpus, size: int, count
     """
     stream = corpus.documents(tokens.config.doc_max_length, lambda text: len(tokens.plain_ids([text])[0]))
     while chunk := list(itertools.islice(stream, size)):
-        counts.documents += len(chunk)
-        latest = {document.id: document for document in chunk}  # an id given twice: the later one counts
-        before = store.find(list(latest))
-        changed = [document for document, old in zip(latest.values(), before, strict=True) if document != old]
-        counts.unchanged += len(latest) - len(changed)
-        counts.new += before.count(None)
-        counts.replaced += len(chunk) - len(latest) + len(changed) - before.count(None)
-        rows = tokens.encoder_rows([compressed_text(document) for document in changed])
-        full = tokens.config.doc_max_length + 3
-        counts.cut += sum(len(row) == full and row[-1] != tokens.tokenizer.eos_token_id for row in rows)
-        keys = _keys(tokens, rows)
-        missing = {key: row for key, row, known in zip(keys, rows, store.known(keys), strict=True) if not known}
-        if changed:
-            yield Portion(changed, keys, missing, corpus.position)
+        portion = _portion(store, tokens, chunk, corpus.position, counts)
+        if portion.documents:
+            yield portion
+
+
+def _portion(store: Store, tokens: ClaraTokens, chunk: list[Document], position: int, counts: Counts) -> Portion:
+    counts.documents += len(chunk)
+    latest = {document.id: document for document in chunk}  # an id given twice: the later one counts
+    before = store.find(list(latest))
+    changed = [document for document, old in zip(latest.values(), before, strict=True) if document != old]
+    counts.unchanged += len(latest) - len(changed)
+    counts.new += before.count(None)
+    counts.replaced += len(chunk) - len(latest) + len(changed) - before.count(None)
+    rows = tokens.encoder_rows([compressed_text(document) for document in changed])
+    full = tokens.config.doc_max_length + 3
+    counts.cut += sum(len(row) == full and row[-1] != tokens.tokenizer.eos_token_id for row in rows)
+    keys = _keys(tokens, rows)
+    missing = {key: row for key, row, known in zip(keys, rows, store.known(keys), strict=True) if not known}
+    return Portion(changed, keys, missing, position)
+
+
+def add_documents(store: Store, model: CLaRa, documents: Sequence[Document]) -> Counts:
+    """Compresses those of a few documents that the store does not hold as they are, and adds them in one commit."""
+    counts = Counts()
+    portion = _portion(store, model.tokens, list(documents), 0, counts)
+    if portion.documents:
+        docs_NLD, mse_N = _cpu(model.compress_rows(list(portion.missing.values())))
+        vectors, mse = (
+            dict(zip(portion.missing, docs_NLD, strict=True)),
+            dict(zip(portion.missing, mse_N.tolist(), strict=True)),
+        )
+        store.add(portion.documents, portion.keys, vectors, mse)
+        counts.compressed = len(vectors)
+    return counts
+
+
+def update_store(path: str | Path, model: CLaRa, corpus: Corpus) -> Counts:
+    """Makes a store hold what a corpus holds: compresses what is new, and deletes what is not in it any more.
+
+    Raises:
+        ValueError, OSError: see `open_store`; RecordError: see `Corpus.documents`.
+    """
+    counts, state = Counts(), PartialState(cpu=not torch.cuda.is_available())
+    total = corpus.check()
+    with open_store(path, model) as store:
+        size = model.inference_batch * BATCHES
+        fill(
+            store,
+            in_processes(model, state, portions(store, model.tokens, corpus, size, counts)),
+            counts,
+            total,
+            corpus,
+        )
+        stream = corpus.documents(model.config.doc_max_length, lambda text: len(model.tokens.plain_ids([text])[0]))
+        there = {document.id for document in stream}
+        store.delete([document.id for document, _ in store.texts() if document.id not in there])
+    return counts
 
 
 def _keys(tokens: ClaraTokens, rows: Rows) -> list[bytes]:

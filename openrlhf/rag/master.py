@@ -1,0 +1,258 @@
+"""RAGMaster: a question and documents in, an answer and its citations out.
+
+    candidates by BM25 and by the query reasoner → their memory vectors → the best by cosine → answer, or refusal
+
+Contract: an answer stands on the cited documents and on nothing else; where none is good enough, that is what is said.
+Texts are data: whatever they spell, they reach the model as plain text. Knows nothing about files or HTTP.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openrlhf.models.adapters import DECODER
+from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.models.prompts import CLOSED_BOOK_SYSTEM, CLOSED_BOOK_USER
+from openrlhf.models.selection import cosine_scores
+from openrlhf.models.tokens import Prompt
+from openrlhf.rag.config import RAGConfig
+from openrlhf.retrieval.compress import add_documents, compressed_text, open_store
+from openrlhf.retrieval.hybrid import BM25Index, hybrid_candidates
+from openrlhf.retrieval.store import Document, Store
+
+History = Sequence[tuple[str, str]]
+"""Earlier questions and their answers, oldest first."""
+Documents = Store | Sequence[str | dict | Document]
+PASSAGE_CHARACTERS = 500
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A document that an answer was given from; `score` is its cosine with the question, BM25's without compression."""
+
+    id: str
+    title: str
+    page: int | None
+    passage: str
+    score: float
+
+
+@dataclass
+class Prepared:
+    """All that is known before the first token: either what the generator reads, or a refusal."""
+
+    citations: list[Citation] = field(default_factory=list)
+    prompt: Prompt | None = None
+    docs_KLD: torch.Tensor | None = None
+    adapter: str | None = DECODER
+    refusal: str = ""
+
+
+@dataclass
+class _Corpus:
+    store: Store
+    bm25: BM25Index
+
+
+class RAGMaster:
+    """Answers questions from documents.
+
+    Args:
+        compression_model: a checkpoint with a query reasoner: directory or Hub name, or a loaded CLaRa.
+        compression_rate: the rate it must have; None takes what it has.
+        top_k: documents an answer is given from; None takes the configuration's.
+        config: a RAGConfig, or the path of a rag_config.yaml. Arguments win over it.
+        options: keywords for `CLaRa.from_pretrained`, such as `decoder_model_name`, `dtype` or `device_map`.
+
+    Raises:
+        ValueError: no model is named, its rate is another, or it cannot select documents.
+    """
+
+    def __init__(
+        self,
+        compression_model: str | Path | CLaRa | None = None,
+        compression_rate: int | None = None,
+        top_k: int | None = None,
+        config: RAGConfig | str | Path | None = None,
+        **options: Any,
+    ):
+        self.config = RAGConfig.from_yaml(config) if isinstance(config, (str, Path)) else config or RAGConfig()
+        source = compression_model or self.config.compression.model
+        if source is None:
+            raise ValueError("no model: give compression_model, or compression.model in rag_config.yaml")
+        self.model = source if isinstance(source, CLaRa) else CLaRa.from_pretrained(source, **options)
+        rate = compression_rate or self.config.compression.rate
+        if rate is not None and rate != self.model.config.compr_rate:
+            raise ValueError(
+                f"the model was trained at rate {self.model.config.compr_rate}, and a trained rate cannot be changed: "
+                f"asked for {rate}. Leave the rate out, or give a checkpoint of that rate"
+            )
+        if self.config.compression.enabled and not self.model.has_query_reasoner:
+            raise ValueError(
+                "the model has no query reasoner to choose documents with: give a stage2 checkpoint, load this one "
+                "with training_stage='stage2' (a copy of the compressor then), or set compression.enabled: false"
+            )
+        self.top_k = top_k or self.config.reranking.top_k
+        self._folder = tempfile.TemporaryDirectory(prefix="clara-rag-")
+        self._given: _Corpus | None = None
+        self._opened: tuple[Store, BM25Index] | None = None
+
+    def close(self) -> None:
+        """Removes the vectors of documents that were given as a list; a store that was given stays open."""
+        if self._given is not None:
+            self._given.store.close()
+            self._given = None
+        self._folder.cleanup()
+
+    def __enter__(self) -> "RAGMaster":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def query(self, question: str, documents: Documents, history: History = ()) -> tuple[str, list[Citation]]:
+        """An answer from the documents, and what it stands on, best first.
+
+        Args:
+            documents: a store, or texts, or `{"id"?, "title"?, "text", "page"?}`; lists are compressed once and kept as
+                long as this object.
+            history: earlier turns, for follow-up questions.
+
+        Returns:
+            the answer and its citations; a refusal and no citations where no document scores `min_score`.
+        """
+        return self.query_batch([question], documents, [history])[0]
+
+    def query_batch(
+        self, questions: Sequence[str], documents: Documents, histories: Sequence[History] | None = None
+    ) -> list[tuple[str, list[Citation]]]:
+        """`query` for several questions, answered together; each as it would be alone."""
+        prepared = self.prepare(questions, documents, histories)
+        answers = [p.refusal for p in prepared]
+        options = self.config.generation
+        for adapter in {p.adapter for p in prepared if p.prompt is not None}:
+            chosen = [i for i, p in enumerate(prepared) if p.prompt is not None and p.adapter == adapter]
+            texts = self.model.generate_from_prompts(
+                [prepared[i].prompt for i in chosen],  # type: ignore[misc]
+                [self._docs(prepared[i]) for i in chosen],
+                options.max_new_tokens,
+                adapter,
+                options.temperature,
+                options.seed,
+            )
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
+        return [(answer, p.citations) for answer, p in zip(answers, prepared, strict=True)]
+
+    def stream(
+        self, question: str, documents: Documents, history: History = ()
+    ) -> tuple[Iterator[str], list[Citation]]:
+        """`query` with the answer in pieces as it is written; the citations are known before the first."""
+        (prepared,) = self.prepare([question], documents, [history])
+        if prepared.prompt is None:
+            return iter([prepared.refusal]), []
+        options = self.config.generation
+        pieces = self.model.stream_from_prompt(
+            prepared.prompt,
+            self._docs(prepared),
+            options.max_new_tokens,
+            prepared.adapter,
+            options.temperature,
+            options.seed,
+        )
+        return pieces, prepared.citations
+
+    def prepare(
+        self, questions: Sequence[str], documents: Documents, histories: Sequence[History] | None = None
+    ) -> list[Prepared]:
+        """Everything before the first token: candidates, selection, prompt or refusal."""
+        if isinstance(questions, str) or not all(isinstance(q, str) and q.strip() for q in questions):
+            raise ValueError("questions must be texts that say something")
+        corpus = self._corpus(documents)
+        histories = histories or [()] * len(questions)
+        return [self._prepare(q, corpus, history) for q, history in zip(questions, histories, strict=True)]
+
+    def _prepare(self, question: str, corpus: _Corpus, history: History) -> Prepared:
+        searched = " ".join([*(asked for asked, _ in history[-1:]), question])
+        asked = _with_history(question, history)
+        if not self.config.compression.enabled:
+            rows, scores = corpus.bm25.search(searched, self.top_k)
+            cited = _cite(corpus.store, rows, scores)
+            texts = [compressed_text(corpus.store.documents_at([row])[0][0]) for row in rows]
+            if not rows:
+                return self._without(question, asked, "none of them shares a word with it")
+            return Prepared(cited, self.model.text_prompt(asked, texts), None, None)
+        limits, bar = self.config.retrieval, self.config.reranking.min_score
+        query_1E = self.model.encode_queries([searched])
+        rows = hybrid_candidates(
+            corpus.store, corpus.bm25, searched, query_1E[0], limits.dense_top_k, limits.sparse_top_k, limits.fusion
+        )
+        if not rows:
+            return self._without(question, asked, "there are none")
+        docs_NLD = corpus.store.vectors(rows)
+        scores_N = cosine_scores(query_1E, docs_NLD.flatten(1).unsqueeze(0).to(query_1E.device))[0].cpu()
+        order = scores_N.argsort(descending=True, stable=True)[: self.top_k].tolist()
+        kept = [i for i in order if scores_N[i] >= bar]
+        if not kept:
+            return self._without(question, asked, f"the closest scores {float(scores_N.max()):.2f}, below {bar:g}")
+        cited = _cite(corpus.store, [rows[i] for i in kept], [float(scores_N[i]) for i in kept])
+        return Prepared(cited, self.model.answer_prompt(asked, len(kept)), docs_NLD[kept])
+
+    def _without(self, question: str, asked: str, why: str) -> Prepared:
+        """Where no document is good enough: a refusal, or an answer from the base model where that is allowed."""
+        if self.config.guardrails.allow_out_of_context:
+            user = CLOSED_BOOK_USER.partition("{query}")[0] + asked
+            return Prepared(prompt=self.model.tokens.plain_prompt(CLOSED_BOOK_SYSTEM, user), adapter=None)
+        return Prepared(refusal=f"The documents do not answer this question: {why}.")
+
+    def _docs(self, prepared: Prepared) -> torch.Tensor:
+        if prepared.docs_KLD is None:
+            return torch.empty(0, self.model.config.n_memory_tokens, self.model.decoder.config.hidden_size)
+        return prepared.docs_KLD.to(self.model.device, self.model.dtype)
+
+    def _corpus(self, documents: Documents) -> _Corpus:
+        if isinstance(documents, Store):
+            if self._opened is None or self._opened[0] is not documents or self._opened[1].is_stale(documents):
+                self._opened = (documents, BM25Index.build(documents))
+            return _Corpus(*self._opened)
+        given = [_document(number, item) for number, item in enumerate(documents)]
+        if self._given is None:
+            store = open_store(Path(self._folder.name) / "store", self.model)
+            self._given = _Corpus(store, BM25Index.build(store))
+        store = self._given.store
+        if {d.id: d for d in given} != {d.id: d for d, _ in store.texts()}:
+            store.delete([d.id for d, _ in store.texts() if d.id not in {d.id for d in given}])
+            add_documents(store, self.model, given)
+            self._given = _Corpus(store, BM25Index.build(store))
+        return self._given
+
+
+def _document(number: int, item: str | dict | Document) -> Document:
+    if isinstance(item, Document):
+        return item
+    known = {"id", "title", "text", "page"}
+    given = {"text": item} if isinstance(item, str) else item
+    if not isinstance(given, dict) or not isinstance(given.get("text"), str) or not given["text"].strip():
+        raise ValueError(f"document {number} must be a text, or have a text under 'text'; got {item!r:.80}")
+    metadata = {key: value for key, value in given.items() if key not in known}
+    return Document(str(given.get("id", number)), given["text"], given.get("title") or "", given.get("page"), metadata)
+
+
+def _with_history(question: str, history: History) -> str:
+    """The question with the turns before it, as the generator reads it."""
+    if not history:
+        return question
+    turns = "\n".join(f"Question: {asked}\nAnswer: {answered}" for asked, answered in history)
+    return f"{question}\n\nEarlier in this conversation:\n{turns}"
+
+
+def _cite(store: Store, rows: Sequence[int], scores: Sequence[float]) -> list[Citation]:
+    return [
+        Citation(d.id, d.title, d.page, d.text[:PASSAGE_CHARACTERS], round(float(score), 4))
+        for found, score in zip(store.documents_at(rows), scores, strict=True)
+        for d in found
+    ]
