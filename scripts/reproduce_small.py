@@ -275,7 +275,8 @@ def run(steps: list[Step], work: Path, seconds: float) -> bool:
     for number, step in enumerate(todo, start=1):
         print(f"\n== step {number} of {len(todo)}: {step.name}\n{shlex.join(step.command[1:])}", flush=True)
         began = time.monotonic()
-        process = subprocess.Popen(step.command)
+        # Started in the background, a shell lets its programs ignore SIGINT; a step must not.
+        process = subprocess.Popen(step.command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         try:
             code = process.wait(None if deadline is None else max(1.0, deadline - time.monotonic()))
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:

@@ -6,6 +6,7 @@ Contract: an answer stands on the cited documents and on nothing else; where non
 Texts are data: whatever they spell, they reach the model as plain text. Knows nothing about files or HTTP.
 """
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,17 +18,18 @@ import torch
 from openrlhf.models.adapters import DECODER
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.models.prompts import CLOSED_BOOK_SYSTEM, CLOSED_BOOK_USER
-from openrlhf.models.selection import cosine_scores
 from openrlhf.models.tokens import Prompt
 from openrlhf.rag.config import RAGConfig
-from openrlhf.retrieval.compress import add_documents, compressed_text, open_store
-from openrlhf.retrieval.hybrid import BM25Index, hybrid_candidates
+from openrlhf.retrieval.compress import add_documents, compressed_text, fingerprint, open_store
+from openrlhf.retrieval.hybrid import Bm25Index, hybrid_candidates
 from openrlhf.retrieval.store import Document, Store
 
 History = Sequence[tuple[str, str]]
 """Earlier questions and their answers, oldest first."""
 Documents = Store | Sequence[str | dict | Document]
 PASSAGE_CHARACTERS = 500
+INDEX_FOLDER = "search"
+"""Of a store: where the index of its texts lies."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Prepared:
 @dataclass
 class _Corpus:
     store: Store
-    bm25: BM25Index
+    bm25: Bm25Index
 
 
 class RAGMaster:
@@ -98,14 +100,15 @@ class RAGMaster:
             )
         self.top_k = top_k or self.config.reranking.top_k
         self._folder = tempfile.TemporaryDirectory(prefix="clara-rag-")
-        self._given: _Corpus | None = None
-        self._opened: tuple[Store, BM25Index] | None = None
+        self._given: Store | None = None
+        self._corpora: dict[Store, _Corpus] = {}
 
     def close(self) -> None:
         """Removes the vectors of documents that were given as a list; a store that was given stays open."""
         if self._given is not None:
-            self._given.store.close()
+            self._given.close()
             self._given = None
+        self._corpora.clear()
         self._folder.cleanup()
 
     def __enter__(self) -> "RAGMaster":
@@ -180,29 +183,27 @@ class RAGMaster:
         searched = " ".join([*(asked for asked, _ in history[-1:]), question])
         asked = _with_history(question, history)
         if not self.config.compression.enabled:
-            rows, scores = corpus.bm25.search(searched, self.top_k)
-            cited = _cite(corpus.store, rows, scores)
-            texts = [compressed_text(corpus.store.documents_at([row])[0][0]) for row in rows]
-            if not rows:
-                return self._without(question, asked, "none of them shares a word with it")
+            scores_K, rows_K = corpus.bm25.search(searched, self.top_k)
+            cited = _cite(corpus.store, rows_K.tolist(), scores_K.tolist())
+            if not cited:
+                return self._without(asked, "none of them shares a word with it")
+            texts = [compressed_text(documents[0]) for documents in corpus.store.documents_at(rows_K)]
             return Prepared(cited, self.model.text_prompt(asked, texts), None, None)
         limits, bar = self.config.retrieval, self.config.reranking.min_score
         query_1E = self.model.encode_queries([searched])
-        rows = hybrid_candidates(
-            corpus.store, corpus.bm25, searched, query_1E[0], limits.dense_top_k, limits.sparse_top_k, limits.fusion
-        )
-        if not rows:
-            return self._without(question, asked, "there are none")
-        docs_NLD = corpus.store.vectors(rows)
-        scores_N = cosine_scores(query_1E, docs_NLD.flatten(1).unsqueeze(0).to(query_1E.device))[0].cpu()
-        order = scores_N.argsort(descending=True, stable=True)[: self.top_k].tolist()
-        kept = [i for i in order if scores_N[i] >= bar]
+        sizes = (limits.dense_top_k, limits.sparse_top_k, limits.fusion)
+        found = hybrid_candidates(corpus.store, corpus.bm25, searched, query_1E[0].cpu(), *sizes)
+        if not found:
+            return self._without(asked, "there are none")
+        best = sorted(found, key=lambda candidate: (-candidate.dense, candidate.row))[: self.top_k]
+        kept = [candidate for candidate in best if candidate.dense >= bar]
         if not kept:
-            return self._without(question, asked, f"the closest scores {float(scores_N.max()):.2f}, below {bar:g}")
-        cited = _cite(corpus.store, [rows[i] for i in kept], [float(scores_N[i]) for i in kept])
-        return Prepared(cited, self.model.answer_prompt(asked, len(kept)), docs_NLD[kept])
+            return self._without(asked, f"the closest scores {best[0].dense:.2f}, below {bar:g}")
+        rows = [candidate.row for candidate in kept]
+        cited = _cite(corpus.store, rows, [candidate.dense for candidate in kept])
+        return Prepared(cited, self.model.answer_prompt(asked, len(kept)), corpus.store.vectors(rows))
 
-    def _without(self, question: str, asked: str, why: str) -> Prepared:
+    def _without(self, asked: str, why: str) -> Prepared:
         """Where no document is good enough: a refusal, or an answer from the base model where that is allowed."""
         if self.config.guardrails.allow_out_of_context:
             user = CLOSED_BOOK_USER.partition("{query}")[0] + asked
@@ -216,19 +217,36 @@ class RAGMaster:
 
     def _corpus(self, documents: Documents) -> _Corpus:
         if isinstance(documents, Store):
-            if self._opened is None or self._opened[0] is not documents or self._opened[1].is_stale(documents):
-                self._opened = (documents, BM25Index.build(documents))
-            return _Corpus(*self._opened)
+            return self._opened_store(documents)
         given = [_document(number, item) for number, item in enumerate(documents)]
+        if len({document.id for document in given}) < len(given):
+            raise ValueError("two documents have the same id: give each its own, or none any")
         if self._given is None:
-            store = open_store(Path(self._folder.name) / "store", self.model)
-            self._given = _Corpus(store, BM25Index.build(store))
-        store = self._given.store
-        if {d.id: d for d in given} != {d.id: d for d, _ in store.texts()}:
-            store.delete([d.id for d, _ in store.texts() if d.id not in {d.id for d in given}])
-            add_documents(store, self.model, given)
-            self._given = _Corpus(store, BM25Index.build(store))
-        return self._given
+            self._given = open_store(Path(self._folder.name) / "store", self.model)
+        store = self._given
+        gone = [document.id for document, _ in store.texts() if document.id not in {d.id for d in given}]
+        deleted = store.delete(gone)
+        counts = add_documents(store, self.model, given)
+        if self._corpora.get(store) is None or deleted or counts.new or counts.replaced:
+            self._corpora[store] = _Corpus(store, Bm25Index.build(store, Path(self._folder.name) / "given"))
+        return self._corpora[store]
+
+    def _opened_store(self, store: Store) -> _Corpus:
+        """A store that was given, with its index beside it; where that is not writable, in a temporary folder."""
+        store.check_header(fingerprint(self.model))
+        corpus = self._corpora.get(store)
+        if corpus is not None:
+            corpus.bm25.refresh()
+            if not corpus.bm25.n_missing:
+                return corpus
+        beside = store.path / INDEX_FOLDER
+        try:
+            index = Bm25Index.open(store, beside)
+        except (FileNotFoundError, ValueError):
+            writable = os.access(beside if beside.exists() else store.path, os.W_OK)
+            index = Bm25Index.build(store, beside if writable else Path(self._folder.name) / "opened")
+        self._corpora[store] = _Corpus(store, index)
+        return self._corpora[store]
 
 
 def _document(number: int, item: str | dict | Document) -> Document:
