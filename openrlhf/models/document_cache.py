@@ -8,6 +8,9 @@ from collections.abc import Callable
 import torch
 
 LIMIT_BYTES = 4 * 2**30
+Known = dict[bytes, tuple[torch.Tensor, torch.Tensor]]
+"""Memory vectors `[L, D]` and MSE (a scalar) by key."""
+LookUp = Callable[[list[bytes]], Known]
 
 
 def document_keys(ids_MT: torch.Tensor, mask_MT: torch.Tensor) -> list[bytes]:
@@ -27,18 +30,23 @@ class DocumentCache:
     Args:
         compress: `CLaRa.compress`, without gradients and dropout.
         limit_bytes: what the cache may hold; documents beyond are compressed each time.
+        look_up: gives what is known of these keys from elsewhere, say a store on disk, so that it is not compressed.
     """
 
-    def __init__(self, compress: Callable, limit_bytes: int = LIMIT_BYTES):
+    def __init__(self, compress: Callable, limit_bytes: int = LIMIT_BYTES, look_up: LookUp | None = None):
         self.compress, self.limit_bytes, self.held_bytes = compress, limit_bytes, 0
-        self.stored: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.look_up = look_up
+        self.stored: Known = {}
 
     def __call__(self, ids_MT: torch.Tensor, mask_MT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What `compress` returns, `[M, L, D]` and `[M]`, computed only for documents not seen before."""
         lengths = mask_MT.sum(1).tolist()
         keys = document_keys(ids_MT, mask_MT)
         missing = list({key: i for i, key in enumerate(keys) if key not in self.stored}.values())
-        fresh: dict[bytes, tuple[torch.Tensor, torch.Tensor]] = {}
+        fresh: Known = {}
+        if self.look_up is not None and missing:
+            fresh |= self.look_up([keys[i] for i in missing])
+            missing = [i for i in missing if keys[i] not in fresh]
         together = 1 if ids_MT.device.type == "cpu" else max(len(missing), 1)
         for start in range(0, len(missing), together):
             rows = missing[start : start + together]

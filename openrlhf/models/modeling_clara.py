@@ -34,7 +34,7 @@ from .adapters import (
 )
 from .checkpoint import load_decoder, load_pretrained, save_pretrained
 from .configuration_clara import STAGES, TEXT_RAG, CLaRaConfig
-from .document_cache import DocumentCache
+from .document_cache import DocumentCache, LookUp
 from .generation import gather, new_cache, read, repeat_cache, sampler, steps
 from .lora import LoraLinear, fixed_linear
 from .prompts import ANSWER, DEFAULT_PROMPTS, PARAPHRASE
@@ -241,9 +241,12 @@ class CLaRa(PreTrainedModel):
         self.special.memory.requires_grad_(memory and self.config.optimize_mem_tokens)
         self.config.training_stage = stage
 
-    def cache_frozen_documents(self) -> None:
-        """Compresses each document of a stage-2 run once; for as long as the compressor's weights stay as they are."""
-        self.document_cache = DocumentCache(self.compress)
+    def cache_frozen_documents(self, look_up: LookUp | None = None) -> None:
+        """Compresses each document of a stage-2 run once; for as long as the compressor's weights stay as they are.
+
+        `look_up` as in `DocumentCache`.
+        """
+        self.document_cache = DocumentCache(self.compress, look_up=look_up)
 
     def checkpoint_layers(self) -> None:
         """Gradient checkpointing: recompute each layer in backward, under the adapter active in its forward pass."""

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from openrlhf.models.adapters import ENCODER, adapter_state
-from openrlhf.models.document_cache import document_keys
+from openrlhf.models.document_cache import Known, LookUp, document_keys
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.models.tokens import ClaraTokens
 from openrlhf.retrieval.corpus import Corpus
@@ -113,6 +113,19 @@ def open_store(path: str | Path, model: CLaRa, base_model: str = "") -> Store:
     dtype = str(model.dtype).removeprefix("torch.")
     name = base_model or model.config.decoder_model_name
     return Store.create(path, {**made_by, "base_model": name, "dtype": dtype})
+
+
+def reader(store: Store, dtype: torch.dtype) -> LookUp:
+    """Gives a document cache what the store holds: vectors in `dtype`, as the model computes them."""
+
+    def look_up(keys: list[bytes]) -> Known:
+        errors = store.errors(keys)
+        held = [key for key, error in zip(keys, errors, strict=True) if error is not None]
+        docs_NLD = store.by_key(held).to(dtype)
+        known = (torch.tensor(error) for error in errors if error is not None)
+        return dict(zip(held, zip(docs_NLD, known, strict=True), strict=True))
+
+    return look_up
 
 
 def compressed_text(document: Document) -> str:

@@ -186,6 +186,11 @@ class Store:
         """Whether the store has a vector of each key."""
         return [self._one("SELECT 1 FROM vectors WHERE key=?", key) is not None for key in keys]
 
+    def errors(self, keys: Sequence[bytes]) -> list[float | None]:
+        """The compression error (MSE) of each key; None where there is no vector of it, or its error is not known."""
+        found = [self._one("SELECT mse FROM vectors WHERE key=?", key) for key in keys]
+        return [None if row is None else row[0] for row in found]
+
     def find(self, ids: Sequence[str]) -> list[Document | None]:
         """The document of each id, None where there is none."""
         found = [self._one(f"SELECT {_DOCUMENT} FROM documents WHERE id=?", name) for name in ids]

@@ -16,9 +16,13 @@ from openrlhf.datasets.sampler import BatchPlan
 from openrlhf.models.adapters import DECODER, QUERY, adapter_state
 from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config, trained_state
 from openrlhf.models.configuration_clara import TEXT_RAG
+from openrlhf.models.document_cache import LookUp
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa, CLaRaConfig
 from openrlhf.models.prompts import DEFAULT_PROMPTS
 from openrlhf.models.tokens import ClaraTokens
+from openrlhf.retrieval.compress import fingerprint, reader
+from openrlhf.retrieval.layout import read_header
+from openrlhf.retrieval.store import Store
 from openrlhf.trainer import estimate
 from openrlhf.trainer.config import STAGE2, TrainingConfig
 from openrlhf.trainer.skeleton import ROW_TOKENS
@@ -41,6 +45,14 @@ def resolve_paths(config: TrainingConfig) -> Path | None:
 
         config.pretrain = snapshot_download(config.pretrain)
     find_base(config.pretrain, Path.cwd())
+    if config.document_store:
+        header = read_header(Path(config.document_store))
+        for flag, name in (("doc_max_length", "doc_max_length"), ("compress_rate", "compr_rate")):
+            if header.get(name) != getattr(config, flag):
+                raise ValueError(
+                    f"--document_store {config.document_store} was compressed with --{flag} {header.get(name)}, this "
+                    f"run asks for {getattr(config, flag)}: compress the corpus with this run's checkpoint"
+                )
     if not config.pretrain_checkpoint:
         return None
     root = find_checkpoint(config.pretrain_checkpoint)
@@ -155,8 +167,19 @@ def build_model(config: TrainingConfig, model_cfg: CLaRaConfig, root: Path | Non
     if config.gradient_checkpointing:
         model.checkpoint_layers()
     if config.stage in STAGE2 and config.zero_stage < 3:  # with ZeRO-3 all ranks must run the same forward passes
-        model.cache_frozen_documents()
+        model.cache_frozen_documents(store_reader(config, model) if config.document_store else None)
     return model
+
+
+def store_reader(config: TrainingConfig, model: CLaRa) -> LookUp:
+    """Reads documents from --document_store.
+
+    Raises:
+        ValueError, OSError: there is no store, or another compressor filled it.
+    """
+    store = Store.open(str(config.document_store), fingerprint(model))
+    logger.info("documents are read from %s, which holds %d", config.document_store, len(store))
+    return reader(store, model.dtype)
 
 
 def build_engine(config: TrainingConfig, model: CLaRa, n_steps: int) -> Engine:

@@ -46,6 +46,9 @@ class TrainingConfig:
         False, "stage 1 from a base model: the generator reads memory vectors at the length of input embeddings"
     )
     freeze_memory_embeddings: bool = _flag(False, "stages 1 and 1_2: keep the memory embeddings as they are")
+    document_store: str | None = _flag(
+        None, "stage 2: a store of compressed documents to read candidates from; others are compressed"
+    )
     stage2_mips: bool = _flag(False, "retrieve candidates during training (needs the retrieval service)")
     stage2_retrieval_top_n: int = _flag(1, "candidates retrieved by --stage2_mips")
 
@@ -162,6 +165,11 @@ class TrainingConfig:
         only("reset_decoder", ("stage1_2",), "only stage1_2 can start a fresh generator")
         only("freeze_query_reasoner", ("stage2",), "only stage2 trains something beside the query reasoner")
         only("fresh_query_reasoner", STAGE2, "there is no query reasoner before stage 2")
+        only("document_store", STAGE2, "documents are compressed anew while their compressor trains")
+        if self.document_store and self.zero_stage == 3:
+            found.append(
+                "--document_store does not go with --zero_stage 3, where all ranks compress the same documents"
+            )
         only("do_eval_gen", ("stage1_2", "stage2", TEXT_RAG), "there are no questions to answer")
         if not self.qa_loss and stage != "stage1":
             found.append(f"--no_qa_loss does not go with --stage {stage}: only stage1 has QA sets")

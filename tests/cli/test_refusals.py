@@ -117,6 +117,11 @@ START = {"pretrain_checkpoint": "checkpoint"}
 COMBINATIONS = [
     ({"stage": "stage2", "mse_loss": True, **START}, "--mse_loss does not go with --stage stage2: the documents are"),
     ({"stage": RETRIEVAL, "mse_loss": True, **START}, f"--mse_loss does not go with --stage {RETRIEVAL}"),
+    ({"stage": "stage1", "document_store": "store"}, "--document_store does not go with --stage stage1"),
+    (
+        {"stage": "stage2", "document_store": "store", "zero_stage": 3, **START},
+        "--document_store does not go with --zero_stage 3",
+    ),
     ({"stage": "stage1_2", "rescale_memory": True, **START}, "--rescale_memory is chosen where training starts"),
     ({"stage": "stage2", "freeze_memory_embeddings": True, **START}, "--freeze_memory_embeddings does not go with"),
     ({"stage": "stage1", "reset_decoder": True}, "--reset_decoder does not go with --stage stage1: only stage1_2"),

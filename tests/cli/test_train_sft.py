@@ -19,7 +19,7 @@ DEFAULTS = {
     "pretrain_checkpoint": None, "stage": "stage1", "generation_top_k": 1, "doc_max_length": 256, "compress_rate": 32,
     "qa_loss": True, "mse_loss": False, "mse_loss_weight": 0.1, "topk_temperature": 0.02, "lora_r": 16,
     "reset_decoder": False, "freeze_query_reasoner": False, "fresh_query_reasoner": False,
-    "rescale_memory": False, "freeze_memory_embeddings": False,
+    "rescale_memory": False, "document_store": None, "freeze_memory_embeddings": False,
     "stage2_mips": False, "stage2_retrieval_top_n": 1, "train_batch_size": 128,
     "micro_train_batch_size": 8, "learning_rate": 5e-6, "lr_scheduler": "cosine_with_min_lr", "lr_warmup_ratio": 0.03,
     "l2": 0.0, "adam_betas": [0.9, 0.95], "max_norm": 1.0, "max_epochs": 2, "zero_stage": 2, "bf16": False,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from openrlhf.models.document_cache import DocumentCache
+from openrlhf.models.document_cache import DocumentCache, document_keys
 from openrlhf.models.modeling_clara import CLaRa
 from tests.tiny import DOCS, new_model
 
@@ -52,6 +52,28 @@ def test_a_full_cache_goes_on_compressing(model):
         vectors, _ = cache(*encoded(model, DOCS[:3]))
         torch.testing.assert_close(vectors, model.compress(*encoded(model, DOCS[:3]))[0], **CLOSE)
     assert len(cache.stored) == 1
+
+
+@torch.no_grad()
+def test_what_is_known_elsewhere_is_not_compressed(model):
+    keys = document_keys(*encoded(model, DOCS[:2]))
+    known = {keys[1]: (torch.full((4, model.decoder.config.hidden_size), 7.0), torch.tensor(0.5))}
+    compressed, asked = [], []
+
+    def counting(ids, mask):
+        compressed.append(len(ids))
+        return model.compress(ids, mask)
+
+    def look_up(wanted):
+        asked.append(wanted)
+        return {key: known[key] for key in wanted if key in known}
+
+    cache = DocumentCache(counting, look_up=look_up)
+    for _ in range(2):
+        vectors, errors = cache(*encoded(model, [DOCS[1], DOCS[0], DOCS[1]]))
+        assert bool((vectors[[0, 2]] == 7).all()) and errors[0] == 0.5
+        torch.testing.assert_close(vectors[1], model.compress(*encoded(model, [DOCS[0]]))[0][0], **CLOSE)
+    assert sum(compressed) == 1 and asked == [[keys[1], keys[0]]]
 
 
 def test_a_stage_that_trains_the_compressor_starts_without_a_cache(model):

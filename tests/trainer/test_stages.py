@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from openrlhf.cli import compress_corpus
+from openrlhf.retrieval.store import Store
 from tests.trainer.facts import DOCS, candidates, paraphrase, qa, write_jsonl
 from tests.trainer.launch import BASE_MODEL, Run, adapter, call, train
 
@@ -260,3 +262,18 @@ def test_the_checkpoint_finds_its_base_model_by_a_relative_path(chain):
     name = saved_config(chain["stage2"])["decoder_model_name"]
     assert not name.startswith("/")
     assert (chain["stage2"].folder / name).resolve() == BASE_MODEL.resolve()
+
+
+def test_stage2_reads_its_documents_from_a_store(small, chain, tmp_path):
+    """A store made before the stage gives the curve of compressing, to the rounding of bfloat16, and is what is read."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in DOCS])
+    command = ["--model", str(chain["stage1"].folder), "--input", str(corpus), "--output", str(tmp_path / "store")]
+    compress_corpus.main(command)
+    plain, stored = small("stage2", "plain"), small("stage2", "stored", document_store=tmp_path / "store")
+    assert stored.curve() == pytest.approx(plain.curve(), rel=2e-2) and stored.curve() != plain.curve()
+    assert "documents are read from" in stored.output + stored.errors
+    with Store.open(tmp_path / "store", write=True) as store:
+        keys = [key for (key,) in store._sql.execute("SELECT key FROM vectors")]
+        store.rewrite({key: doc_LD.flip(-1) for key, doc_LD in zip(keys, store.by_key(keys), strict=True)})
+    other = small("stage2", "other", document_store=tmp_path / "store")
+    assert abs(other.curve()[0] - plain.curve()[0]) > 10 * abs(stored.curve()[0] - plain.curve()[0])
