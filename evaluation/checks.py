@@ -18,6 +18,7 @@ from openrlhf.models.adapters import ADAPTERS, DECODER, QUERY, WEIGHTS_FILE
 from openrlhf.models.checkpoint import CONFIG_FILE, EMBEDDINGS_FILE, find_base, find_checkpoint, read_config
 from openrlhf.models.configuration_clara import TEXT_RAG, CLaRaConfig
 from openrlhf.models.public_format import ADAPTERS_FILE, read_prompts
+from openrlhf.retrieval.layout import read_header
 from openrlhf.utils.logging import write_whole
 
 TABLE, RUN, WORK = "table.md", "run.json", "work"
@@ -66,6 +67,13 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
             f"{root} carries no prompts, and nothing can be generated without them: keep the modeling_clara.py that it "
             "came with in its directory"
         )
+    if config.document_store:
+        header = read_header(Path(config.document_store))
+        if (header.get("doc_max_length"), header.get("compr_rate")) != (ours.doc_max_length, ours.compr_rate):
+            raise ValueError(
+                f"--document_store {config.document_store} was compressed at rate {header.get('compr_rate')} of "
+                f"{header.get('doc_max_length')} tokens, {root} has rate {ours.compr_rate} of {ours.doc_max_length}"
+            )
     base, _ = find_base(ours.decoder_model_name, root, Path.cwd())
     return root, {
         "checkpoint": str(config.checkpoint),

@@ -44,6 +44,9 @@ class EvaluationConfig:
     max_new_tokens: int | None = _flag(None, "tokens of an answer at most (default: the checkpoint's)")
     batch_size: int = _flag(32, "texts that go through the model together; halved where memory runs out")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag("auto", "auto: bfloat16 on CUDA, float32 on CPU")
+    document_store: str | None = _flag(
+        None, "a store of compressed documents (compress_corpus) to read from; what it lacks is compressed"
+    )
     copy_compressor: bool = _flag(
         False, "end_to_end suite on a checkpoint from before stage 2: select with a copy of its compressor"
     )

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -33,6 +34,8 @@ from evaluation.runner import OutOfMemory, Runner
 from evaluation.scoring import figures, markdown_table
 from openrlhf.models.adapters import DECODER, read_adapter
 from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.retrieval.compress import fingerprint, vectors_of
+from openrlhf.retrieval.store import Store
 from openrlhf.utils.logging import set_up_logging, write_whole
 
 logger = logging.getLogger("evaluation")
@@ -86,7 +89,7 @@ def answer_all(
         readers = systems.text_systems(questions, model, config, scores, runner)
     lengths = [len(systems.clara_prompt(model, q, config.suite).ids) for q in questions]
     check_positions(model, lengths + [len(p.ids) for r in readers.values() for p in r.prompts.values()], new_tokens)
-    documents = runner.compress(texts, [len(row) for row in rows], lambda part: model.compress_documents(part)[0])
+    documents = runner.compress(texts, [len(row) for row in rows], compressor(model, config))
     runner.generate(systems.CLARA, questions, lengths, systems.clara(model, documents, config.suite, new_tokens))
     for name, reader in readers.items():
         systems.answer_texts(name, reader, runner, systems.plain(model, reader.adapter, new_tokens))
@@ -106,6 +109,18 @@ def answer_all(
             baselines[name] = ranked
         lines.append(prediction_line(question, answer, baselines))
     return lines, described
+
+
+def compressor(model: CLaRa, config: EvaluationConfig) -> Callable[[list[str]], torch.Tensor]:
+    """Texts → memory vectors, from --document_store where it holds them.
+
+    Raises:
+        ValueError: another compressor filled the store.
+    """
+    if config.document_store is None:
+        return lambda part: model.compress_documents(part)[0]
+    store = Store.open(config.document_store, fingerprint(model))
+    return lambda part: vectors_of(model, part, store)
 
 
 def check_positions(model: CLaRa, lengths: list[int], new_tokens: int) -> None:

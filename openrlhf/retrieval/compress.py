@@ -128,6 +128,17 @@ def reader(store: Store, dtype: torch.dtype) -> LookUp:
     return look_up
 
 
+def vectors_of(model: CLaRa, texts: Sequence[str], store: Store) -> torch.Tensor:
+    """Memory vectors `[N, L, D]` of texts in the model's dtype, read from the store where it holds them."""
+    rows = model.tokens.encoder_rows(list(texts))
+    keys = _keys(model.tokens, rows)
+    known = store.known(keys)
+    found = iter(store.by_key([key for key, held in zip(keys, known, strict=True) if held]).to(model.dtype))
+    new, _ = model.compress_rows([row for row, held in zip(rows, known, strict=True) if not held])
+    fresh = iter(new.cpu())
+    return torch.stack([next(found if held else fresh) for held in known])
+
+
 def compressed_text(document: Document) -> str:
     """What the compressor reads of a document: `title`, a line break and the text, as in the training data; without a
     title the text alone."""

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from evaluation import evaluate, runner
 from evaluation.metrics import best_over_golds, cover_exact_match_score, f1_score
 from evaluation.questions import dataset_files, load_questions
+from openrlhf.cli import compress_corpus
 from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.retrieval.store import Store
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--max_new_tokens", "6", "--batch_size", "3"]
@@ -340,6 +342,35 @@ def test_a_copy_of_the_compressor_selects_where_there_is_no_query_reasoner(stage
             cosine.topk(len(line["selected"])).values.tolist(), abs=1e-5
         )
     assert lines and "copy of its compressor" in results["systems"]["clara"]
+
+
+def test_documents_are_read_from_a_store(finished, stage2, eval_data, tmp_path, monkeypatch):
+    _, plain = read(finished)
+    texts = {text for line in plain for text in line["documents"].values()}
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    compress_corpus.main(["--model", str(stage2), "--input", str(corpus), "--output", str(tmp_path / "store")])
+    compressed = []
+    rows = CLaRa.compress_rows
+    monkeypatch.setattr(
+        CLaRa, "compress_rows", lambda self, given, *more: compressed.extend(given) or rows(self, given, *more)
+    )
+    evaluate.main(flags(stage2, eval_data, tmp_path / "out", "--document_store", str(tmp_path / "store")))
+    _, lines = read(tmp_path / "out")
+    tokens = CLaRa.from_pretrained(stage2).tokens
+    in_store = {tuple(row) for row in tokens.encoder_rows(list(texts))}
+    assert not in_store & {tuple(row) for row in compressed}
+    for line, before in zip(lines, plain, strict=True):
+        scores = [chosen["score"] for chosen in line["selected"]]
+        assert scores == pytest.approx([chosen["score"] for chosen in before["selected"]], abs=1e-2)
+
+
+def test_a_store_of_another_rate_is_refused_before_the_model_loads(no_model, stage2, eval_data, tmp_path, capsys):
+    Store.create(tmp_path / "store", {"n_memory": 1, "width": 32, "doc_max_length": 16, "compr_rate": 16}).close()
+    given = flags(stage2, eval_data, tmp_path / "out", "--document_store", str(tmp_path / "store"))
+    assert "was compressed at rate 16" in refused(given, capsys)
+    given[-1] = str(tmp_path / "nowhere")
+    assert "is not a store" in refused(given, capsys)
 
 
 def test_a_copy_of_the_compressor_is_refused_after_stage_2(no_model, stage2, eval_data, tmp_path, capsys):
