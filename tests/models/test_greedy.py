@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from openrlhf.models import modeling_clara
+from openrlhf.models import answering
 from openrlhf.models.adapters import DECODER
 from openrlhf.models.generation import RoomyLayer, gather, new_cache, read, repeat_cache, sampler, steps
 from openrlhf.models.modeling_clara import CLaRa
@@ -175,6 +175,6 @@ def test_a_stream_is_the_text_that_generating_gives(model, temperature):
 def test_a_streams_pieces_are_whole_characters(model, monkeypatch):
     text = "naïve 東京 and 😀 end"
     ids = model.tokens.plain_ids([text])[0]
-    monkeypatch.setattr(modeling_clara, "steps", lambda *_: iter([[(0, token)] for token in ids]))
+    monkeypatch.setattr(answering, "steps", lambda *_: iter([[(0, token)] for token in ids]))
     pieces = list(model.stream_from_prompt(model.tokens.plain_prompt("Say it.", "Now."), None, 9))
     assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)

@@ -265,7 +265,7 @@ def test_the_checkpoint_finds_its_base_model_by_a_relative_path(chain):
 
 
 def test_stage2_reads_its_documents_from_a_store(small, chain, tmp_path):
-    """A store made before the stage gives the curve of compressing, to the rounding of bfloat16, and is what is read."""
+    """A store made before the stage gives the curve of compressing, up to bfloat16, and is what is read."""
     corpus = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in DOCS])
     command = ["--model", str(chain["stage1"].folder), "--input", str(corpus), "--output", str(tmp_path / "store")]
     compress_corpus.main(command)
