@@ -33,8 +33,9 @@ from evaluation.results import add_paraphrase_scores, git_state, notes, predicti
 from evaluation.runner import OutOfMemory, Runner
 from evaluation.scoring import figures, markdown_table
 from openrlhf.models.adapters import DECODER, read_adapter
+from openrlhf.models.fingerprint import fingerprint
 from openrlhf.models.modeling_clara import CLaRa
-from openrlhf.retrieval.compress import fingerprint, vectors_of
+from openrlhf.retrieval.compress import vectors_of
 from openrlhf.retrieval.store import Store
 from openrlhf.utils.logging import set_up_logging, write_whole
 

@@ -85,9 +85,10 @@ def ask(args: argparse.Namespace, config: RAGConfig, corpus: Corpus | None) -> N
     """Compresses what is new, answers and prints."""
     import torch
 
+    from openrlhf.models.fingerprint import fingerprint
     from openrlhf.models.modeling_clara import CLaRa
     from openrlhf.rag.master import RAGMaster
-    from openrlhf.retrieval.compress import fingerprint, update_store
+    from openrlhf.retrieval.compress import update_store
     from openrlhf.retrieval.store import Store
     from openrlhf.utils.logging import set_up_logging
 

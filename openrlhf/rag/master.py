@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from openrlhf.models.adapters import DECODER
+from openrlhf.models.fingerprint import fingerprint
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.models.prompts import CLOSED_BOOK_SYSTEM, CLOSED_BOOK_USER
 from openrlhf.models.tokens import Prompt
 from openrlhf.rag.config import RAGConfig
-from openrlhf.retrieval.compress import add_documents, compressed_text, fingerprint, open_store
+from openrlhf.retrieval.compress import add_documents, compressed_text, open_store
 from openrlhf.retrieval.hybrid import Bm25Index, hybrid_candidates
 from openrlhf.retrieval.store import Document, Store
 

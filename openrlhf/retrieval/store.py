@@ -18,7 +18,7 @@ Shape suffixes: N rows asked for, R live rows, L memory tokens, D hidden size.
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,6 +242,22 @@ class Store:
                 raise ValueError(f"{self.path}: row {row} is damaged. {self._repair_hint()}")
             docs_NLD[i] = doc_LD
         return docs_NLD
+
+    def looked_up_in(
+        self, dtype: torch.dtype
+    ) -> Callable[[list[bytes]], dict[bytes, tuple[torch.Tensor, torch.Tensor]]]:
+        """A function that gives a document cache what the store holds of some keys: vectors `[L, D]` in `dtype` and
+        their compression errors."""
+
+        def look_up(keys: list[bytes]) -> dict[bytes, tuple[torch.Tensor, torch.Tensor]]:
+            errors = {key: error for key, error in zip(keys, self.errors(keys), strict=True) if error is not None}
+            docs_NLD = self.by_key(list(errors)).to(dtype)
+            return {
+                key: (doc_LD, torch.tensor(error))
+                for (key, error), doc_LD in zip(errors.items(), docs_NLD, strict=True)
+            }
+
+        return look_up
 
     def blocks(self, rows_per_block: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All live rows in ascending order, at most `rows_per_block` at a time: numbers `[N]` int64 and vectors

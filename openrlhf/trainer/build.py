@@ -17,10 +17,10 @@ from openrlhf.models.adapters import DECODER, QUERY, adapter_state
 from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config, trained_state
 from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.models.document_cache import LookUp
+from openrlhf.models.fingerprint import fingerprint
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa, CLaRaConfig
 from openrlhf.models.prompts import DEFAULT_PROMPTS
 from openrlhf.models.tokens import ClaraTokens
-from openrlhf.retrieval.compress import fingerprint, reader
 from openrlhf.retrieval.layout import read_header
 from openrlhf.retrieval.store import Store
 from openrlhf.trainer import estimate
@@ -179,7 +179,7 @@ def store_reader(config: TrainingConfig, model: CLaRa) -> LookUp:
     """
     store = Store.open(str(config.document_store), fingerprint(model))
     logger.info("documents are read from %s, which holds %d", config.document_store, len(store))
-    return reader(store, model.dtype)
+    return store.looked_up_in(model.dtype)
 
 
 def build_engine(config: TrainingConfig, model: CLaRa, n_steps: int) -> Engine:

@@ -17,8 +17,8 @@ import torch
 from openrlhf.cli import compress_corpus
 from openrlhf.cli.compress_corpus import main
 from openrlhf.models.adapters import DECODER, ENCODER, adapter_state
+from openrlhf.models.fingerprint import fingerprint
 from openrlhf.models.modeling_clara import CLaRa
-from openrlhf.retrieval.compress import fingerprint
 from openrlhf.retrieval.store import Document, Store
 from tests.tiny import DOCS, QUESTIONS, new_model, shake
 from tests.trainer.launch import ENVIRONMENT, command
