@@ -56,6 +56,10 @@ INSERT INTO state VALUES(0);
 _DOCUMENT = "documents.id, text, title, page, metadata"
 
 
+Known = dict[bytes, tuple[torch.Tensor, torch.Tensor]]
+"""Memory vectors `[L, D]` and compression error (a scalar) by key."""
+
+
 @dataclass(frozen=True)
 class Document:
     """One passage, as it was given; `text` is without its title."""
@@ -243,13 +247,11 @@ class Store:
             docs_NLD[i] = doc_LD
         return docs_NLD
 
-    def looked_up_in(
-        self, dtype: torch.dtype
-    ) -> Callable[[list[bytes]], dict[bytes, tuple[torch.Tensor, torch.Tensor]]]:
+    def looked_up_in(self, dtype: torch.dtype) -> Callable[[list[bytes]], Known]:
         """A function that gives a document cache what the store holds of some keys: vectors `[L, D]` in `dtype` and
         their compression errors."""
 
-        def look_up(keys: list[bytes]) -> dict[bytes, tuple[torch.Tensor, torch.Tensor]]:
+        def look_up(keys: list[bytes]) -> Known:
             errors = {key: error for key, error in zip(keys, self.errors(keys), strict=True) if error is not None}
             docs_NLD = self.by_key(list(errors)).to(dtype)
             return {
