@@ -13,7 +13,8 @@ import importlib.util
 import os
 import sys
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -145,10 +146,27 @@ def compress(args: argparse.Namespace, corpus: Corpus | None, total: int) -> Non
             work = in_ray(functools.partial(load, args), todo, args.ray_workers)
         else:
             work = in_processes(model, state, todo)
-        with closing(work):
+        with closing(work), told_when_memory_runs_out(args.batch_size):
             fill(store, work, counts, total, corpus)
         seconds = time.monotonic() - began
+    with Store.open(args.output) as store:  # its size at rest
         print(summary(args, corpus, counts, store, seconds))
+
+
+@contextmanager
+def told_when_memory_runs_out(batch_size: int) -> Iterator[None]:
+    """Turns an out-of-memory error into a ValueError that says what to do."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise ValueError(
+            f"memory runs out with --batch_size {batch_size}: give the same command with a smaller one, it goes on "
+            "where it was"
+        ) from error
 
 
 def summary(args: argparse.Namespace, corpus: Corpus, counts, store: Store, seconds: float) -> str:

@@ -336,6 +336,7 @@ class Store:
 
     def _put(self, documents: Sequence[Document], keys: Sequence[bytes]) -> None:
         """Inserts documents, or replaces those of the same id; vectors that lose their last document go."""
+        left = []
         for document, key in zip(documents, keys, strict=True):
             before = self._one("SELECT key FROM documents WHERE id=?", document.id)
             values = (key, document.title, document.text, document.page, json.dumps(document.metadata), document.id)
@@ -345,7 +346,9 @@ class Store:
                 )
             else:
                 self._sql.execute("UPDATE documents SET key=?, title=?, text=?, page=?, metadata=? WHERE id=?", values)
-                self._drop_unused(before[0])
+                left.append(before[0])
+        for key in left:  # only now: a later document may have taken up the text that an earlier one gave up
+            self._drop_unused(key)
 
     def _drop_unused(self, key: bytes) -> None:
         self._sql.execute(

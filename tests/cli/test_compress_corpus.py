@@ -382,6 +382,28 @@ def test_a_store_that_is_being_written_is_refused_before_the_model_loads(checkpo
     assert "is being written by another process" in capsys.readouterr().err
 
 
+def test_memory_that_runs_out_is_told_in_words_and_the_run_goes_on_later(
+    model, checkpoint, tmp_path, capsys, monkeypatch
+):
+    records, store = lines(60), tmp_path / "store"
+    arguments = flags(checkpoint, jsonl(tmp_path / "c.jsonl", records), store)
+    real, calls = CLaRa.compress, []
+
+    def full(self, *inputs):
+        calls.append(1)
+        if len(calls) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, *inputs)
+
+    monkeypatch.setattr(CLaRa, "compress", full)
+    assert run(*arguments) == 1
+    assert "memory runs out with --batch_size 2: give" in capsys.readouterr().err
+    assert 0 < length(store) < 60
+    monkeypatch.undo()
+    assert run(*arguments) == 0
+    check_store(store, model, records)
+
+
 def test_bad_lines_are_skipped_and_counted_when_asked(model, checkpoint, tmp_path, capsys):
     records = lines(5)
     corpus = jsonl(tmp_path / "c.jsonl", records)

@@ -120,6 +120,16 @@ def test_a_document_takes_the_place_of_the_one_with_its_id(path):
         assert [d.id for d, _ in store.texts()] == ["d0", "d1", "d2"]
 
 
+def test_two_documents_may_exchange_their_texts_in_one_commit(path):
+    with Store.create(path, HEADER) as store:
+        add(store, range(3))
+        store.add([Document("d0", "text 1"), Document("d1", "text 0")], [key(1), key(0)], {})
+        assert [d.text for d in store.get(["d0", "d1"])] == ["text 1", "text 0"]
+        assert store.documents_at([0, 1]) == [[Document("d1", "text 0")], [Document("d0", "text 1")]]
+        store.add([Document("d2", "x"), Document("d2", "text 2")], [key(7), key(2)], {key(7): vector(7)})
+        assert store.known([key(7), key(2)]) == [False, True] and store.verify() == []
+
+
 def test_deleted_documents_are_gone_and_rows_keep_their_numbers(path):
     with Store.create(path, HEADER) as store:
         add(store, range(20))
@@ -261,6 +271,23 @@ def test_a_shard_cut_short_is_refused_by_name_and_what_is_lost_can_be_written_ag
         store.rewrite({key(n): vector(n) for n in found[2:]})
     with Store.open(path) as store:
         holds(store, range(20))
+
+
+def test_a_repair_that_was_killed_leaves_what_is_still_lost_to_be_refused(path):
+    with Store.create(path, HEADER) as store:
+        add(store, range(12))
+    os.truncate(path / "vectors" / "00001.bin", L * D * 2)
+    with Store.open(path, write=True, damaged=True) as store:
+        assert store.verify() == [8, 9, 10, 11]
+        store.start_shard()
+        store.rewrite({key(n): vector(n) for n in (10, 11)})
+    with pytest.raises(ValueError, match=r"00001\.bin has 32 bytes, the index needs 96"):
+        Store.open(path)
+    with Store.open(path, write=True, damaged=True) as store:
+        assert store.verify() == [8, 9]
+        store.start_shard()
+        store.rewrite({key(n): vector(n) for n in (8, 9)})
+        holds(store, range(12))
 
 
 def test_a_changed_byte_is_found_and_never_served(path):
