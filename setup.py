@@ -28,7 +28,8 @@ setup(
         "ray": ["ray[default]"],
         "eval": ["bm25s", "matplotlib", "scikit-learn", "sentence-transformers>=5.2", "llmlingua>=0.2.2", "spacy"],
         "pipeline": ["gguf>=0.17"],
+        "search": ["bm25s", "faiss-cpu"],
         "serve": ["fastapi", "uvicorn"],
-        "test": ["pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn"],
+        "test": ["pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn", "faiss-cpu"],
     },
 )

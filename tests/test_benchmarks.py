@@ -70,7 +70,7 @@ def test_the_summary_shows_what_was_measured_and_says_what_was_not(run, data, tm
     )
     page = importlib.import_module("summary").page(tmp_path)
     assert "| 1 × 32 " in page and "first_token.py" in page
-    assert page.count("On a GPU: not measured.") == 7
+    assert page.count("On a GPU: not measured.") == 8
 
 
 def test_compress_times_nothing_when_the_ways_differ(run, data, monkeypatch):
@@ -125,6 +125,29 @@ def test_scaling(run, data):
     exponent = sys.modules["scaling"].exponent
     assert exponent([1, 10, 100], [2.0, 20.0, 200.0]) == pytest.approx(1)
     assert exponent([1, 10, 100], [5.0, 5.0, 5.0]) == pytest.approx(0)
+
+
+def test_search(run):
+    pytest.importorskip("faiss")
+    found = run("search", "--sizes", "50", "1200", "--memory_tokens", "2", "--width", "24")
+    assert [(case["kind"], case["documents"]) for case in found["cases"]] == [
+        (kind, size) for kind in ("random", "clustered") for size in (50, 1200)
+    ]
+    assert all(
+        set(case["seconds"]) == {"exact, 1", "two steps, 1", "exact, 32", "two steps, 32"} for case in found["cases"]
+    )
+    assert all(0 < case["recall"]["5"] <= 1 and case["build"] > 0 for case in found["cases"])
+    assert len(found["exponents"]) == 8 and found["memory_bytes_a_second"] > 0
+
+
+def test_search_times_nothing_when_the_ways_score_differently(run, monkeypatch):
+    pytest.importorskip("faiss")
+    from openrlhf.retrieval.search import TwoStepIndex
+
+    real = TwoStepIndex.search
+    monkeypatch.setattr(TwoStepIndex, "search", lambda *args: (real(*args)[0] * 1.001, real(*args)[1]))
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        run("search", "--sizes", "50", "--memory_tokens", "2", "--width", "24")
 
 
 def test_the_public_way_runs_pefts_own_layers(run, mistral):

@@ -78,8 +78,8 @@ def read_index(folder: str | Path, name: str, store: Store) -> tuple[dict, Path]
     if not known:
         raise ValueError(f"{file} is of another format, or its files are lost: build the index again")
     live = [row for row in samples if store.documents_at([row])[0]]
-    found = [checksum(doc_LD).hex() for doc_LD in store.vectors(live)] if header["store"] == _identity(store) else []
-    if header["store"] != _identity(store):
+    found = [checksum(doc_LD).hex() for doc_LD in store.vectors(live)]
+    if header["store"] != _identity(store) or found != [samples[row] for row in live]:
         raise ValueError(f"{folder} was built from another store than {store.path}: build the index again")
     return header, parts
 
