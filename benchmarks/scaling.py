@@ -4,7 +4,7 @@
 
 documents   compressing N documents
 batch       a training step of stage 2 with B questions, their candidates cached
-cached      a step's look-ups in a cache of 10^3 … 10^5 documents, and the search of one question over all of them
+cached      a step's look-ups in a cache of 10^3 … 10^5 documents (search.py has the search over a store of them)
 ranks       steps of the training command with one process and with two, one thread each; every rank has its share
 """
 
@@ -25,7 +25,6 @@ from stage1_step import our_loss, step, to_device
 from openrlhf.datasets.collators import COLLATORS
 from openrlhf.datasets.records import load_records
 from openrlhf.models.document_cache import DocumentCache
-from openrlhf.models.selection import cosine_scores
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
@@ -67,14 +66,14 @@ def batch(args) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def cached(args) -> dict[str, tuple[list[int], list[float]]]:
-    """Seconds to look up 640 candidates among so many documents, and to score one question against all of them.
+    """Seconds to look up 640 candidates among so many documents.
 
-    The vectors are random numbers of the right shape: neither depends on what they say.
+    The vectors are random numbers of the right shape: it does not depend on what they say.
     """
     sizes, length, looked_up = [10**3, 10**4, 10**5], 40, 640
     model = load_model(args, read_documents(args.data, "stage1", 2), compr_rate=64)
     shape = (model.config.n_memory_tokens, model.decoder.config.hidden_size)
-    lookups, searches = [], []
+    lookups = []
     for size in sizes:
         docs_NLD = torch.randn(size, *shape).to(model.dtype)
         places = iter(range(size))
@@ -88,10 +87,7 @@ def cached(args) -> dict[str, tuple[list[int], list[float]]]:
         cache(ids_NT, torch.ones_like(ids_NT))
         some_MT = ids_NT[torch.randperm(size)[:looked_up]]
         lookups.append(best(lambda c=cache, m=some_MT: c(m, torch.ones_like(m)), args))
-        docs_1NE = docs_NLD.flatten(1).unsqueeze(0).to(args.device)
-        query_1E = torch.randn(1, math.prod(shape), device=args.device)
-        searches.append(best(lambda q=query_1E, d=docs_1NE: cosine_scores(q, d), args))
-    return {"cached documents, look-up of 640": (sizes, lookups), "cached documents, search": (sizes, searches)}
+    return {"cached documents, look-up of 640": (sizes, lookups)}
 
 
 def ranks(args) -> dict[str, tuple[list[int], list[float]]]:
