@@ -34,7 +34,7 @@ stage stage1 scripts/train_pretraining.sh --max_samples 128 --train_batch_size 4
 PRETRAIN_CKPT="$CHECKPOINT_ROOT/stage1" \
     stage stage1_2 scripts/train_instruction_tuning.sh --max_samples 36 --train_batch_size 2 --learning_rate 5e-4
 PRETRAIN_CHECKPOINT="$CHECKPOINT_ROOT/stage1_2" \
-    stage stage2 scripts/train_stage_end_to_end.sh --max_samples 120 --train_batch_size 4 --learning_rate 5e-5 \
+    stage stage2 scripts/train_stage_end_to_end.sh --max_samples 120 --train_batch_size 4 --learning_rate 2e-5 \
     --eval_dataset "$EVAL_DATA/end_to_end_evaluation/example/eval_processed_with_pos.jsonl"
 
 say "what was learned"

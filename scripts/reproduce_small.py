@@ -167,6 +167,19 @@ class Plan:
             command = [sys.executable, "scripts/ask_fresh.py", "--checkpoint", str(self.work / "checkpoints" / second)]
             self.steps.append(Step(f"fresh questions {at}", [*command, "--out", str(answers)], answers))
 
+    def figures(self) -> None:
+        """Pictures over the rates: answers of stage 1_2, answers and recall of stage 2."""
+        for stage, does, metrics in (
+            ("stage1_2", "read", ("cover_em",)),
+            ("stage2", "select", ("recall_5", "cover_em")),
+        ):
+            runs = [str(self.work / "results" / f"{stage}_rate{rate}_{does}") for rate in self.part.rates]
+            folder = self.work / "plots" / stage
+            command = [sys.executable, "-m", "evaluation.plot_results", *runs, "--output_dir", str(folder)]
+            for metric in metrics:
+                command += ["--metric", metric]
+            self.steps.append(Step(f"figures {stage}", command, folder / f"{metrics[0]}_oracle.png"))
+
     def ablations(self) -> None:
         """One thing left out at a time, from stage 1 on, on the same records."""
         if self.part.ablation is None:
@@ -318,6 +331,7 @@ def not_run(args: argparse.Namespace, plan: Plan) -> list[str]:
     if args.part != "full":
         whole = Plan(argparse.Namespace(**{**vars(args), "part": "full"}))
         whole.main_runs()
+        whole.figures()
         whole.ablations()
     return [step.name for step in whole.steps if args.part != "full" or not step.done.is_file()]
 
@@ -349,6 +363,7 @@ def main() -> None:
     args = parse()
     plan = Plan(args)
     plan.main_runs()
+    plan.figures()
     plan.ablations()
     steps = [step for step in plan.steps if not args.only or args.only in step.name]
     if args.list:

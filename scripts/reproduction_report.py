@@ -7,6 +7,7 @@ What was not run is said to be not run.
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,19 @@ def paper_table(results: Results) -> str:
     return table(["rate", "Normal, ours", "Oracle, ours", "Normal, paper's 7B", "Oracle, paper's 7B"], rows)
 
 
+def pictures(work: Path, part: str, out: Path) -> str:
+    """Copies the pictures of a whole run beside the page, and shows them."""
+    if part != "full":
+        return ""
+    shown = []
+    for path in sorted((work / "plots").rglob("*.png")):
+        target = out.parent / "reproduction" / f"{path.parent.name}_{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        shown.append(f"![{path.parent.name}, {path.stem}](reproduction/{target.name})")
+    return "\n\n".join(shown) + "\n"
+
+
 def fresh(work: Path) -> str:
     """The ten questions about invented documents, with the answers given."""
     parts = []
@@ -178,7 +192,7 @@ def fresh(work: Path) -> str:
     return "\n".join(parts) or "Not run.\n"
 
 
-def page(work: Path, part: str, not_run: list[str]) -> str:
+def page(work: Path, part: str, not_run: list[str], shown: str = "") -> str:
     """The whole page."""
     results = Results(work)
     first = next(iter(results.runs.values()), None)
@@ -230,6 +244,7 @@ billion parameters and was trained on about two million passages; ours has 0.135
 
 ## What was measured
 
+{shown}
 {chr(10).join(runs)}
 ## Ablations
 
@@ -257,7 +272,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         not_run = json.loads(args.not_run.read_text(encoding="utf-8")) if args.not_run else []
-        write_whole(args.out, page(args.work, args.part, not_run))
+        write_whole(args.out, page(args.work, args.part, not_run, pictures(args.work, args.part, args.out)))
     except (ValueError, OSError) as error:
         sys.exit(f"reproduction_report: {error}")
     print(f"written to {args.out}")

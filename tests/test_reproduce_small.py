@@ -52,6 +52,7 @@ def flags(data: Path, base: Path, tmp_path: Path, *more: str) -> list[str]:
 def plan(data: Path, base: Path, tmp_path: Path, part: str):
     made = reproduce.Plan(reproduce.parse(flags(data, base, tmp_path, "--part", part)))
     made.main_runs()
+    made.figures()
     made.ablations()
     return made
 
@@ -75,6 +76,9 @@ def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_d
             config = evaluate.parse(given)
             assert Path(config.checkpoint).relative_to(tmp_path / "work" / "checkpoints").as_posix() in trained
             assert Path(config.output_dir) == step.done.parent
+        elif program == "evaluation.plot_results":
+            folders = given[: given.index("--output_dir")]
+            assert {Path(folder) / "results.json" for folder in folders} <= {other.done for other in steps}
         else:
             assert step.name.startswith("fresh questions")
     assert "text_rag" in trained and "stage2_rate16" in trained
