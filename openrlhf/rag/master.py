@@ -6,6 +6,7 @@ Contract: an answer stands on the cited documents and on nothing else; where non
 Texts are data: whatever they spell, they reach the model as plain text. Knows nothing about files or HTTP.
 """
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,17 @@ from openrlhf.models.tokens import Prompt
 from openrlhf.rag.config import RAGConfig
 from openrlhf.retrieval.compress import add_documents, compressed_text, open_store
 from openrlhf.retrieval.hybrid import Bm25Index, hybrid_candidates
+from openrlhf.retrieval.search import TwoStepIndex
 from openrlhf.retrieval.store import Document, Store
+
+logger = logging.getLogger(__name__)
 
 History = Sequence[tuple[str, str]]
 """Earlier questions and their answers, oldest first."""
 Documents = Store | Sequence[str | dict | Document]
 PASSAGE_CHARACTERS = 500
 INDEX_FOLDER = "search"
-"""Of a store: where the index of its texts lies."""
+"""Of a store: where its indexes lie."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Prepared:
 class _Corpus:
     store: Store
     bm25: Bm25Index
+    nearest: TwoStepIndex | None = None
+    """Finds candidates by cosine in a large store; without one all vectors are read."""
 
 
 class RAGMaster:
@@ -193,7 +199,7 @@ class RAGMaster:
         limits, bar = self.config.retrieval, self.config.reranking.min_score
         query_1E = self.model.encode_queries([searched])
         sizes = (limits.dense_top_k, limits.sparse_top_k, limits.fusion)
-        found = hybrid_candidates(corpus.store, corpus.bm25, searched, query_1E[0].cpu(), *sizes)
+        found = hybrid_candidates(corpus.store, corpus.bm25, searched, query_1E[0].cpu(), *sizes, index=corpus.nearest)
         if not found:
             return self._without(asked, "there are none")
         best = sorted(found, key=lambda candidate: (-candidate.dense, candidate.row))[: self.top_k]
@@ -238,6 +244,8 @@ class RAGMaster:
         corpus = self._corpora.get(store)
         if corpus is not None:
             corpus.bm25.refresh()
+            if corpus.nearest is not None:
+                corpus.nearest.refresh()
             if not corpus.bm25.n_missing:
                 return corpus
         beside = store.path / INDEX_FOLDER
@@ -246,8 +254,19 @@ class RAGMaster:
         except (FileNotFoundError, ValueError):
             writable = os.access(beside if beside.exists() else store.path, os.W_OK)
             index = Bm25Index.build(store, beside if writable else Path(self._folder.name) / "opened")
-        self._corpora[store] = _Corpus(store, index)
+        self._corpora[store] = _Corpus(store, index, _two_step(store, beside))
         return self._corpora[store]
+
+
+def _two_step(store: Store, folder: Path) -> TwoStepIndex | None:
+    """The index that somebody built for this store; one that does not belong to it (any more) is not used."""
+    try:
+        return TwoStepIndex.open(store, folder)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("all vectors are read at every question: %s", error)
+        return None
 
 
 def _document(number: int, item: str | dict | Document) -> Document:

@@ -5,8 +5,9 @@ import torch
 
 from openrlhf.models.adapters import DECODER
 from openrlhf.rag.config import RAGConfig
-from openrlhf.rag.master import RAGMaster
+from openrlhf.rag.master import INDEX_FOLDER, RAGMaster
 from openrlhf.retrieval.compress import add_documents, open_store
+from openrlhf.retrieval.search import TwoStepIndex
 from openrlhf.retrieval.store import Document
 from tests.tiny import DOCS, QUESTIONS, new_model
 
@@ -157,3 +158,25 @@ def test_what_cannot_work_is_refused_in_words(model, mistral):
         master.query(QUESTIONS[0], [DOCS[0], {"title": "no text"}])
     with pytest.raises(ValueError, match="questions must be texts"):
         master.query("  ", DOCS)
+
+
+def test_a_two_step_index_in_the_store_is_used_and_gives_the_same_answers(model, tmp_path, monkeypatch):
+    pytest.importorskip("faiss")
+    with open_store(tmp_path / "store", model) as store:
+        add_documents(store, model, [Document(f"d{i}", text) for i, text in enumerate(DOCS)])
+        with RAGMaster(model, config=config()) as master:
+            expected = [master.query(question, store) for question in QUESTIONS]
+        TwoStepIndex.build(store, store.path / INDEX_FOLDER)
+        searched = []
+        search = TwoStepIndex.search
+        monkeypatch.setattr(TwoStepIndex, "search", lambda *args: searched.append(1) or search(*args))
+        with RAGMaster(model, config=config()) as master:
+            assert [master.query(question, store) for question in QUESTIONS] == expected
+        assert len(searched) == len(QUESTIONS)
+
+
+def test_a_store_of_another_compressor_is_refused(model, mistral, tmp_path):
+    other = new_model(mistral, compr_rate=8)
+    store, master = open_store(tmp_path / "store", other), RAGMaster(model, config=config())
+    with store, master, pytest.raises(ValueError, match="compr_rate"):
+        master.query(QUESTIONS[0], store)
