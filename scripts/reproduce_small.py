@@ -77,7 +77,7 @@ PARTS = {
         stage2=Run(64, 8, 2e-5),
         text_rag=Run(32, 8, 2e-4),
         ablation=None,
-        questions=5,
+        questions=2,
         micro=4,
     ),
 }
