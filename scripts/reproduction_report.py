@@ -232,8 +232,8 @@ def page(work: Path, part: str, not_run: list[str], shown: str = "") -> str:
     if not_run:
         trained = ", ".join(f"`{name}`" for name in not_run if " " not in name)
         missing = (
-            "Of the whole plan (`python scripts/reproduce_small.py --data data --list`) these training runs, and all that "
-            f"is measured on them, were not run: {trained}."
+            "Of the whole plan (`python scripts/reproduce_small.py --data data --list`) these training runs, and all "
+            f"that is measured on them, were not run: {trained}."
         )
     opening = (
         "This is a token part of the plan, on a machine without a GPU: it shows that every step works on the real "
