@@ -1,6 +1,6 @@
 """Asks a checkpoint questions about documents that no training has seen, as someone does who only has transformers.
 
-    python scripts/ask_fresh.py --checkpoint DIR [--questions example/fresh_questions.jsonl] [--out answers.json]
+    python scripts/ask_fresh.py --checkpoint DIR [--questions scripts/fresh_questions.jsonl] [--out answers.json]
 
 The checkpoint is loaded by AutoModel with the code that it carries; this project's package is not imported. An answer
 is right when it holds every word of a gold answer (Cover-EM). The documents are invented, so nothing but the document
@@ -33,7 +33,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--questions", type=Path, default=Path("example/fresh_questions.jsonl"))
+    parser.add_argument("--questions", type=Path, default=Path("scripts/fresh_questions.jsonl"))
     parser.add_argument("--model_path", help="base model, where it is not at the place that the checkpoint names")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -268,7 +268,7 @@ SmolLM2-135M-Instruct, bfloat16, seed 42. Loss: mean of the first → of the las
 
 ## Ten fresh questions
 
-Invented documents of `example/fresh_questions.jsonl`, answered through `AutoModel`
+Invented documents of `scripts/fresh_questions.jsonl`, answered through `AutoModel`
 (`python scripts/ask_fresh.py --checkpoint DIR`).
 
 {fresh(work)}
