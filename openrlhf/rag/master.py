@@ -148,7 +148,7 @@ class RAGMaster:
             chosen = [i for i, p in enumerate(prepared) if p.prompt is not None and p.adapter == adapter]
             texts = self.model.generate_from_prompts(
                 [prepared[i].prompt for i in chosen],  # type: ignore[misc]
-                [self._docs(prepared[i]) for i in chosen],
+                None if adapter is None else [prepared[i].docs_KLD for i in chosen],  # type: ignore[misc]
                 options.max_new_tokens,
                 adapter,
                 options.temperature,
@@ -168,7 +168,7 @@ class RAGMaster:
         options = self.config.generation
         pieces = self.model.stream_from_prompt(
             prepared.prompt,
-            self._docs(prepared),
+            prepared.docs_KLD,
             options.max_new_tokens,
             prepared.adapter,
             options.temperature,
@@ -208,7 +208,8 @@ class RAGMaster:
             return self._without(asked, f"the closest scores {best[0].dense:.2f}, below {bar:g}")
         rows = [candidate.row for candidate in kept]
         cited = _cite(corpus.store, rows, [candidate.dense for candidate in kept])
-        return Prepared(cited, self.model.answer_prompt(asked, len(kept)), corpus.store.vectors(rows))
+        docs_KLD = corpus.store.vectors(rows).to(self.model.device, self.model.dtype)
+        return Prepared(cited, self.model.answer_prompt(asked, len(kept)), docs_KLD)
 
     def _without(self, asked: str, why: str) -> Prepared:
         """Where no document is good enough: a refusal, or an answer from the base model where that is allowed."""
@@ -217,22 +218,17 @@ class RAGMaster:
             return Prepared(prompt=self.model.tokens.plain_prompt(CLOSED_BOOK_SYSTEM, user), adapter=None)
         return Prepared(refusal=f"The documents do not answer this question: {why}.")
 
-    def _docs(self, prepared: Prepared) -> torch.Tensor:
-        if prepared.docs_KLD is None:
-            return torch.empty(0, self.model.config.n_memory_tokens, self.model.decoder.config.hidden_size)
-        return prepared.docs_KLD.to(self.model.device, self.model.dtype)
-
     def _corpus(self, documents: Documents) -> _Corpus:
         if isinstance(documents, Store):
             return self._opened_store(documents)
         given = [_document(number, item) for number, item in enumerate(documents)]
-        if len({document.id for document in given}) < len(given):
+        ids = {document.id for document in given}
+        if len(ids) < len(given):
             raise ValueError("two documents have the same id: give each its own, or none any")
         if self._given is None:
             self._given = open_store(Path(self._folder.name) / "store", self.model)
         store = self._given
-        gone = [document.id for document, _ in store.texts() if document.id not in {d.id for d in given}]
-        deleted = store.delete(gone)
+        deleted = store.delete([document.id for document, _ in store.texts() if document.id not in ids])
         counts = add_documents(store, self.model, given)
         if self._corpora.get(store) is None or deleted or counts.new or counts.replaced:
             self._corpora[store] = _Corpus(store, Bm25Index.build(store, Path(self._folder.name) / "given"))
@@ -240,9 +236,10 @@ class RAGMaster:
 
     def _opened_store(self, store: Store) -> _Corpus:
         """A store that was given, with its index beside it; where that is not writable, in a temporary folder."""
-        store.check_header(fingerprint(self.model))
         corpus = self._corpora.get(store)
-        if corpus is not None:
+        if corpus is None:
+            store.check_header(fingerprint(self.model))  # hashes weights: once a store, not at every question
+        else:
             corpus.bm25.refresh()
             if corpus.nearest is not None:
                 corpus.nearest.refresh()

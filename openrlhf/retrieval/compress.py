@@ -122,14 +122,15 @@ def add_documents(store: Store, model: CLaRa, documents: Sequence[Document]) -> 
     counts = Counts()
     portion = _portion(store, model.tokens, list(documents), 0, counts)
     if portion.documents:
-        docs_NLD, mse_N = _cpu(model.compress_rows(list(portion.missing.values())))
-        vectors, mse = (
-            dict(zip(portion.missing, docs_NLD, strict=True)),
-            dict(zip(portion.missing, mse_N.tolist(), strict=True)),
-        )
-        store.add(portion.documents, portion.keys, vectors, mse)
-        counts.compressed = len(vectors)
+        _commit(store, portion, _cpu(model.compress_rows(list(portion.missing.values()))), counts)
     return counts
+
+
+def _commit(store: Store, portion: Portion, compressed: Compressed, counts: Counts) -> None:
+    docs_NLD, mse_N = compressed
+    vectors = dict(zip(portion.missing, docs_NLD, strict=True))
+    store.add(portion.documents, portion.keys, vectors, dict(zip(portion.missing, mse_N.tolist(), strict=True)))
+    counts.compressed += len(vectors)
 
 
 def update_store(path: str | Path, model: CLaRa, corpus: Corpus) -> Counts:
@@ -167,11 +168,8 @@ def fill(store: Store, work: Iterable[tuple[Portion, Compressed]], counts: Count
         total: lines or files of the corpus.
     """
     with tqdm(total=total, desc="compressing", unit="doc" if corpus.path.is_file() else "file", disable=None) as bar:
-        for portion, (docs_NLD, mse_N) in work:
-            vectors = dict(zip(portion.missing, docs_NLD, strict=True))
-            mse = dict(zip(portion.missing, mse_N.tolist(), strict=True))
-            store.add(portion.documents, portion.keys, vectors, mse)
-            counts.compressed += len(vectors)
+        for portion, compressed in work:
+            _commit(store, portion, compressed, counts)
             bar.update(portion.position - bar.n)
         bar.update(total - bar.n)
 
