@@ -33,7 +33,7 @@ BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"(?<![\w/.$-])(?:(?:scripts|openrlhf|evaluation|example|docs|figs|tests|benchmarks)/[\w./-]*\w/?"
                    r"|[A-Z_]{6,}\.md|LICENSE|setup\.py|requirements[\w-]*\.txt|\.env\.example)(?![\w/])")  # fmt: skip
 # Flags of programs that are not ours, by the first word of the command.
-OTHERS = {"pip": ("-r", "-e", "--no-deps"), "conda": ("-n",)}
+OTHERS = {"pip": ("-r", "-e", "--no-deps"), "conda": ("-n",), "curl": ("-s", "-d")}
 
 
 def read(page: str) -> str:

@@ -23,7 +23,7 @@ FIXED = (
     *("stage", "seed", "train_batch_size", "micro_train_batch_size", "max_epochs", "learning_rate", "lr_scheduler"),
     *("lr_warmup_ratio", "l2", "max_norm", "adam_betas", "mse_loss", "mse_loss_weight", "max_len", "generation_top_k"),
     *("topk_temperature", "zero_stage", "bf16", "doc_max_length", "compress_rate", "lora_r", "freeze_query_reasoner"),
-    *("freeze_memory_embeddings", "rescale_memory"),
+    *("freeze_memory_embeddings", "rescale_memory", "stage2_mips", "stage2_retrieval_top_n"),
 )
 
 
@@ -144,10 +144,12 @@ def main() -> None:
             print("\ntrain_sft: interrupted; the same command with --load_checkpoint goes on", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
+        from openrlhf.retrieval.client import RetrievalError
         from openrlhf.utils.distributed import WriteError
 
-        # What is wrong from the start is wrong on all ranks of a node; a full disk may be one rank's alone.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, WriteError):
+        # What is wrong from the start is wrong on all ranks of a node; a full disk, and a service that does not answer,
+        # may be one rank's alone.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (WriteError, RetrievalError)):
             print(f"train_sft: {error}", file=sys.stderr)
         sys.exit(1)
     if os.environ.get("RANK", "0") == "0" and not config.dry_run:

@@ -148,6 +148,31 @@ class EndToEndCollator(Collator):
         return {"query_input_ids": ids, "query_attention_mask": mask}
 
 
+class RetrievedCollator(EndToEndCollator):
+    """Stage 2 with candidates that the model is to fetch: the questions, and how many documents each is to get.
+
+    Args:
+        candidates: documents fetched for a question, at least `k`.
+        others: as `Collator`.
+    """
+
+    def __init__(self, *others, candidates: int):
+        super().__init__(*others)
+        self.candidates = candidates
+
+    def documents(self, docs: list[str], counts: Counter) -> dict:
+        """No input of the compressor."""
+        return {}
+
+    def prompt(self, row: dict, epoch: int, train: bool) -> Prompt:
+        """The generator input over K documents that are not known yet."""
+        return self.tokens.build_prompt(ANSWER, self.k, row["question"][0], row["answers"][0])
+
+    def extra(self, rows: list[dict]) -> dict:
+        """The questions, and the number of documents of each."""
+        return {**super().extra(rows), "docs_per_question": torch.full((len(rows),), self.candidates)}
+
+
 class RetrievalCollator(EndToEndCollator):
     """Supervised retrieval: as stage 2, the loss being a mean over questions that have positives."""
 

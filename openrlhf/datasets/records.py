@@ -32,9 +32,12 @@ FEATURES = datasets.Features(
         "pos_index": datasets.List(datasets.Value("int64")),
     }
 )
+# Stands for stage2 where the documents come from a retrieval service: those of the records are not looked at.
+RETRIEVED = "stage2_mips"
 STAGE_FILES = {
     "stage1": ("pretrain_data.jsonl",),
     "stage1_2": ("instruction_data.jsonl", "instruction_tuning_data.jsonl"),
+    RETRIEVED: ("end_to_end_data.jsonl",),
     "stage2": ("end_to_end_data.jsonl",),
     "stage2_pretrain_retrieval": ("end_to_end_data.jsonl",),
     "text_rag": ("instruction_data.jsonl", "instruction_tuning_data.jsonl", "end_to_end_data.jsonl"),
@@ -107,12 +110,12 @@ def _stage1_rows(record: dict) -> Iterator[Row]:
         yield _row(kind, asked, said, [doc])
 
 
-def _answer_row(record: dict, needs_positives: bool) -> Row:
+def _answer_row(record: dict, stage: str) -> Row:
     question = record.get("question")
     if isinstance(question, list) or record.get("data_type") in ("qa", "paraphrase"):
         raise RecordError(f"question must be one text, got {_shown(question)}; this looks like stage-1 data")
     question = _text(question, "question")
-    docs = record_docs(record)
+    docs = [] if stage == RETRIEVED else record_docs(record)
     golden: list[str] = []
     for field in ("golden_answers", "gold_answer", "answers", "answer"):
         if not golden and record.get(field):
@@ -124,8 +127,8 @@ def _answer_row(record: dict, needs_positives: bool) -> Row:
             answer = golden[0] if golden else None
     if answer is None:
         raise RecordError("there is no answer: give answer, gold_answer, golden_answers or answers")
-    positives = record.get("pos_index")
-    if needs_positives and positives is None:
+    positives = None if stage == RETRIEVED else record.get("pos_index")
+    if stage == "stage2_pretrain_retrieval" and positives is None:
         raise RecordError("pos_index is missing; supervised retrieval needs it")
     positives = [positives] if isinstance(positives, int) else (positives or [])
     for position in positives if isinstance(positives, list) else [positives]:
@@ -155,7 +158,7 @@ def record_rows(record: object, stage: str) -> list[Row]:
         raise RecordError(f"a record must be a JSON object, got {_shown(record)}")
     if stage == "stage1":
         return list(_stage1_rows(record))
-    return [_answer_row(record, needs_positives=stage == "stage2_pretrain_retrieval")]
+    return [_answer_row(record, stage)]
 
 
 def file_rows(path: str | Path, stage: str, skipped: list[str] | None = None) -> Iterator[Row]:

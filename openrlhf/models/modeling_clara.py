@@ -70,6 +70,9 @@ class CLaRa(Answering, PreTrainedModel):
     special: SpecialEmbeddings
     inference_batch: int = INFERENCE_BATCH
     """Texts that go through the decoder together at inference; for you to set on an instance."""
+    retriever: Callable[[torch.Tensor, int], torch.Tensor] | None
+    """From queries `[B, E]` and n to their n nearest documents `[B, n, E]`, best first; for you to set on an instance
+    that is handed stage-2 batches without documents."""
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -100,6 +103,7 @@ class CLaRa(Answering, PreTrainedModel):
         self.decoder = decoder
         self.router = AdapterRouter(decoder)
         self.document_cache: DocumentCache | None = None
+        self.retriever = None
         self.fixed_head: Callable | None = None
         for parameter in self.decoder.parameters():
             parameter.requires_grad_(False)
@@ -332,7 +336,8 @@ class CLaRa(Answering, PreTrainedModel):
         Args:
             batch: `stage`, `enc_input_ids` / `enc_attention_mask` `[M, T]` (not in text_rag), `dec_input_ids` /
                 `dec_attention_mask` / `labels` `[B, T]`; stage2 adds `query_input_ids` / `query_attention_mask`
-                `[B, T]`; optionally `docs_per_question` `[B]` and `pos_index` (lists of positions).
+                `[B, T]`; optionally `docs_per_question` `[B]` and `pos_index` (lists of positions). A stage2 batch
+                without `enc_input_ids` gets `docs_per_question` documents from `retriever`.
             compute_logits: False saves the LM head on every position that has no label.
 
         Returns:
@@ -356,10 +361,8 @@ class CLaRa(Answering, PreTrainedModel):
         if stage in ("stage1", "stage1_2"):
             docs_MLD, mse_M = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
         else:
-            with torch.no_grad(), self.frozen():
-                compress = self.document_cache or self.compress
-                docs_MLD, mse_M = compress(batch["enc_input_ids"], batch["enc_attention_mask"])
             query_BLD, _ = self.compress(batch["query_input_ids"], batch["query_attention_mask"], QUERY)
+            docs_MLD, mse_M = self._candidates(batch, query_BLD.detach(), counts_B)
             docs_MLD, out["topk_idx"], out["scores"] = select_documents(
                 query_BLD.flatten(1), docs_MLD, counts_B, self.config.generation_top_k, self.config.topk_temperature
             )
@@ -387,8 +390,25 @@ class CLaRa(Answering, PreTrainedModel):
         loss = F.cross_entropy(answer_logits_V.float(), target_BT[answer_BT], reduction="sum")
         return loss / answer_BT.sum().clamp(min=1), logits_BTV
 
+    @torch.no_grad()
+    def _candidates(
+        self, batch: dict, query_BLD: torch.Tensor, counts_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stage 2 selects from, `[M, L, D]`, and its MSE: the batch's documents, or what `retriever` finds."""
+        if "enc_input_ids" in batch:
+            with self.frozen():
+                return (self.document_cache or self.compress)(batch["enc_input_ids"], batch["enc_attention_mask"])
+        assert self.retriever is not None  # _document_counts sees to it
+        n = int(counts_B.max())
+        docs_BNLD = self.retriever(query_BLD.flatten(1), n).to(query_BLD).unflatten(-1, query_BLD.shape[1:])
+        return docs_BNLD[torch.arange(n) < counts_B.unsqueeze(1)], query_BLD.new_zeros(1)
+
     def _document_counts(self, batch: dict, n_questions: int) -> torch.Tensor:
-        n_docs = len(batch["enc_input_ids"])
+        if "enc_input_ids" not in batch and (self.retriever is None or batch.get("docs_per_question") is None):
+            raise ValueError(
+                "the batch holds no documents: give enc_input_ids, or docs_per_question and set model.retriever"
+            )
+        n_docs = len(batch["enc_input_ids"]) if "enc_input_ids" in batch else int(sum(batch["docs_per_question"]))
         if batch.get("docs_per_question") is not None:
             counts_B = torch.as_tensor(batch["docs_per_question"], dtype=torch.long).cpu()
         elif n_docs % n_questions:

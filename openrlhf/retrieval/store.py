@@ -217,6 +217,10 @@ class Store:
         rows = self._sql.execute("SELECT row FROM vectors ORDER BY row")
         return torch.from_numpy(np.fromiter((row for (row,) in rows), dtype=np.int64))
 
+    def n_rows(self) -> int:
+        """Number of live vector rows; fewer than documents where several have one vector."""
+        return self._one("SELECT COUNT(*) FROM vectors")[0]
+
     def by_key(self, keys: Sequence[bytes]) -> torch.Tensor:
         """Vectors `[N, L, D]` bfloat16 of keys.
 

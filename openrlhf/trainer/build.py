@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, get_scheduler
 
-from openrlhf.datasets.collators import COLLATORS, IGNORE, Collator, documents_to_read, text_length
-from openrlhf.datasets.records import load_records
+from openrlhf.datasets.collators import (
+    COLLATORS,
+    IGNORE,
+    Collator,
+    RetrievedCollator,
+    documents_to_read,
+    text_length,
+)
+from openrlhf.datasets.records import RETRIEVED, load_records
 from openrlhf.datasets.sampler import BatchPlan
 from openrlhf.models.adapters import DECODER, QUERY, adapter_state
 from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config, trained_state
@@ -21,6 +28,7 @@ from openrlhf.models.fingerprint import fingerprint
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa, CLaRaConfig
 from openrlhf.models.prompts import DEFAULT_PROMPTS
 from openrlhf.models.tokens import ClaraTokens
+from openrlhf.retrieval.client import RetrievalClient, RetrievalError
 from openrlhf.retrieval.layout import read_header
 from openrlhf.retrieval.store import Store
 from openrlhf.trainer import estimate
@@ -53,6 +61,8 @@ def resolve_paths(config: TrainingConfig) -> Path | None:
                     f"--document_store {config.document_store} was compressed with --{flag} {header.get(name)}, this "
                     f"run asks for {getattr(config, flag)}: compress the corpus with this run's checkpoint"
                 )
+    if config.stage2_mips:
+        check_service(config)
     if not config.pretrain_checkpoint:
         return None
     root = find_checkpoint(config.pretrain_checkpoint)
@@ -78,6 +88,60 @@ def resolve_paths(config: TrainingConfig) -> Path | None:
     return root
 
 
+def retrieval_client(config: TrainingConfig) -> RetrievalClient:
+    """Asks the service of --retrieval_url, with the key in CLARA_API_KEY where there is one."""
+    return RetrievalClient(config.retrieval_url, os.environ.get("CLARA_API_KEY"))
+
+
+def check_service(config: TrainingConfig, model: CLaRa | None = None) -> RetrievalClient:
+    """Whether the retrieval service is there, can give what is asked of it and, given the model, serves its documents.
+
+    Raises:
+        ConnectionError: it is not there or cannot.
+        ValueError: another compressor made its documents.
+    """
+    client = retrieval_client(config)
+    try:
+        found = client.check(config.micro_train_batch_size, config.stage2_retrieval_top_n)
+    except RetrievalError as error:  # which all ranks meet
+        raise ConnectionError(f"--stage2_mips: {error}") from None
+    if model is None:
+        known = {"doc_max_length": config.doc_max_length, "compr_rate": config.compress_rate}
+    else:
+        known = fingerprint(model)
+    there = found["made_by"]
+    differ = [
+        f"{name} is {there.get(name)!r} there, {known[name]!r} here" for name in known if there.get(name) != known[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"--stage2_mips: the store behind {config.retrieval_url} was not made by --pretrain_checkpoint "
+            f"{config.pretrain_checkpoint}: " + "; ".join(differ) + ". Compress the corpus with this checkpoint "
+            "(compress_corpus), or serve the store that was"
+        )
+    if model is None and rank() == 0:
+        logger.info(
+            "candidates: the %d nearest of %d documents at %s; docs and pos_index of the records are not read",
+            config.stage2_retrieval_top_n, found["documents"], config.retrieval_url,
+        )  # fmt: skip
+    return client
+
+
+def retriever(client: RetrievalClient):
+    """What `CLaRa.retriever` is to be in a run that can be resumed."""
+
+    def retrieve(query_BE: torch.Tensor, n: int) -> torch.Tensor:
+        try:
+            return client(query_BE, n)
+        except RetrievalError as error:
+            raise RetrievalError(
+                f"{error}. Checkpoints written before are whole: put the service right, then go on with "
+                "--load_checkpoint"
+            ) from None
+
+    return retrieve
+
+
 def model_config(config: TrainingConfig, root: Path | None) -> CLaRaConfig:
     """The CLaRaConfig of the run: the checkpoint's where there is one, with this run's flags on top."""
     if root is not None:
@@ -95,6 +159,7 @@ def model_config(config: TrainingConfig, root: Path | None) -> CLaRaConfig:
     model.training_stage = config.stage
     model.generation_top_k = config.generation_top_k
     model.topk_temperature = config.topk_temperature
+    model.stage2_retrieval_top_n = config.stage2_retrieval_top_n
     model.optimize_mem_tokens = not config.freeze_memory_embeddings
     model.check()
     return model
@@ -129,7 +194,8 @@ def load_tokens(config: TrainingConfig, model: CLaRaConfig) -> ClaraTokens:
 
 def load_data(config: TrainingConfig):
     """(training records, evaluation records or None)."""
-    options: dict[str, Any] = {"stage": config.stage, "seed": config.seed, "skip_bad": config.skip_bad_records}
+    stage = RETRIEVED if config.stage2_mips else config.stage
+    options: dict[str, Any] = {"stage": stage, "seed": config.seed, "skip_bad": config.skip_bad_records}
     options.update(max_samples=config.max_samples, paraphrases_only=not config.qa_loss)
     train = load_records(config.dataset, split=config.dataset_split, probs=config.probs, **options)
     if not config.eval_dataset:
@@ -166,7 +232,9 @@ def build_model(config: TrainingConfig, model_cfg: CLaRaConfig, root: Path | Non
     model.train_stage(config.stage, freeze_query_reasoner=config.freeze_query_reasoner)
     if config.gradient_checkpointing:
         model.checkpoint_layers()
-    if config.stage in STAGE2 and config.zero_stage < 3:  # with ZeRO-3 all ranks must run the same forward passes
+    if config.stage2_mips:
+        model.retriever = retriever(check_service(config, model))
+    elif config.stage in STAGE2 and config.zero_stage < 3:  # with ZeRO-3 all ranks must run the same forward passes
         model.cache_frozen_documents(store_reader(config, model) if config.document_store else None)
     return model
 
@@ -196,7 +264,10 @@ def build_engine(config: TrainingConfig, model: CLaRa, n_steps: int) -> Engine:
 
 def build_collator(config: TrainingConfig, tokens: ClaraTokens) -> Collator:
     """The stage's collator."""
-    return COLLATORS[config.stage](tokens, config.stage, config.max_len, config.generation_top_k, config.seed)
+    common = (tokens, config.stage, config.max_len, config.generation_top_k, config.seed)
+    if config.stage2_mips:
+        return RetrievedCollator(*common, candidates=config.stage2_retrieval_top_n)
+    return COLLATORS[config.stage](*common)
 
 
 def answerer(model: CLaRa, config: TrainingConfig):
@@ -210,6 +281,10 @@ def answerer(model: CLaRa, config: TrainingConfig):
         if config.stage == TEXT_RAG:
             read = [[row["docs"][i] for i in documents_to_read(row, k)] for row in rows]
             return model.generate_from_text(questions, read, 64)
+        if model.retriever is not None:
+            docs_BKE = model.retriever(model.encode_queries(questions), k)
+            docs_BKLD = docs_BKE.unflatten(-1, (model.config.n_memory_tokens, -1))
+            return model.generate_from_compressed_documents_and_questions(questions, docs_BKLD.flatten(0, 1), 64)
         return model.generate_from_questions(questions, [row["docs"] for row in rows], 64)[0]
 
     return answer
@@ -310,7 +385,7 @@ def padded_to(batch: dict, config: TrainingConfig, n_memory: int) -> dict[str, i
     query = batch.get("query_input_ids", batch["labels"][:, : n_memory + ROW_TOKENS])
     return {
         "candidates": int(batch["docs_per_question"].max()),
-        "doc_tokens": batch["enc_input_ids"].shape[1] - n_memory - ROW_TOKENS,
+        "doc_tokens": batch["enc_input_ids"].shape[1] - n_memory - ROW_TOKENS if "enc_input_ids" in batch else 0,
         "prompt_tokens": batch["labels"].shape[1] - used * (n_memory + 1) - answers,
         "answer_tokens": answers,
         "question_tokens": query.shape[1] - n_memory - ROW_TOKENS,

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from openrlhf.models.configuration_clara import TEXT_RAG
+from openrlhf.retrieval.client import wrong_url
 
+RETRIEVAL_URL = "http://127.0.0.1:5004"
 STAGE2 = ("stage2", "stage2_pretrain_retrieval")
 
 
@@ -49,8 +51,9 @@ class TrainingConfig:
     document_store: str | None = _flag(
         None, "stage 2: a store of compressed documents to read candidates from; others are compressed"
     )
-    stage2_mips: bool = _flag(False, "retrieve candidates during training (needs the retrieval service)")
-    stage2_retrieval_top_n: int = _flag(1, "candidates retrieved by --stage2_mips")
+    stage2_mips: bool = _flag(False, "stage 2: candidates from the retrieval service, not from the records")
+    stage2_retrieval_top_n: int = _flag(1, "N: candidates that --stage2_mips retrieves for a question")
+    retrieval_url: str = _flag(RETRIEVAL_URL, "the retrieval service of --stage2_mips; see serve_retrieval")
 
     dataset: str = _flag("", "training data: JSONL files, directories or Hub names, comma-separated (required)")
     dataset_probs: str | None = _flag(None, "share of each data set in the blend, comma-separated")
@@ -110,7 +113,8 @@ class TrainingConfig:
         found = [f"--{name} is required" for name in ("pretrain", "dataset") if not getattr(self, name)]
         positive = (
             "generation_top_k doc_max_length compress_rate lora_r max_samples max_len train_batch_size "
-            "micro_train_batch_size max_epochs logging_steps max_ckpt_num learning_rate topk_temperature"
+            "micro_train_batch_size max_epochs logging_steps max_ckpt_num learning_rate topk_temperature "
+            "stage2_retrieval_top_n"
         )
         found += [f"--{name} must be positive" for name in positive.split() if not 0 < getattr(self, name) < math.inf]
         not_negative = ("l2", "max_norm", "mse_loss_weight")
@@ -183,12 +187,8 @@ class TrainingConfig:
             found.append("--reset_decoder needs --pretrain_checkpoint: without one the generator is fresh anyway")
         if self.freeze_query_reasoner and self.fresh_query_reasoner:
             found.append("--freeze_query_reasoner and --fresh_query_reasoner together leave retrieval at random")
-        if self.stage2_mips:
-            found.append(
-                "--stage2_mips needs the retrieval service, which is not part of this version: give candidates"
-            )
-        elif self.stage2_retrieval_top_n != 1:
-            found.append("--stage2_retrieval_top_n only goes with --stage2_mips")
+        only("stage2_mips", ("stage2",), "only stage2 learns from candidates without labels")
+        found += self._wrong_retrieval()
         if self.do_eval_gen and not self.eval_dataset:
             found.append("--do_eval_gen needs --eval_dataset")
         if self.do_eval_gen and self.zero_stage == 3:
@@ -203,6 +203,21 @@ class TrainingConfig:
             found.append("--use_tensorboard needs the package tensorboard: pip install tensorboard")
         if self.use_ms and importlib.util.find_spec("modelscope") is None:
             found.append("--use_ms needs the package modelscope: pip install modelscope")
+        return found
+
+    def _wrong_retrieval(self) -> list[str]:
+        if not self.stage2_mips:
+            given = {"stage2_retrieval_top_n": 1, "retrieval_url": RETRIEVAL_URL}
+            named = [name for name, default in given.items() if getattr(self, name) != default]
+            return [f"--{name} only goes with --stage2_mips" for name in named]
+        found = [f"--retrieval_url {problem}"] if (problem := wrong_url(self.retrieval_url)) else []
+        if self.document_store:
+            found.append("--document_store does not go with --stage2_mips: the service reads a store of its own")
+        if self.stage2_retrieval_top_n < self.generation_top_k:
+            found.append(
+                f"--stage2_retrieval_top_n must be at least --generation_top_k {self.generation_top_k}: so many "
+                "documents are selected from those that are retrieved"
+            )
         return found
 
     def _wrong_places(self) -> list[str]:

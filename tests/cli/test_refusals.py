@@ -50,6 +50,7 @@ POSITIVE = [
     "learning_rate",
     "topk_temperature",
     "max_ckpt_mem",
+    "stage2_retrieval_top_n",
 ]
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -145,7 +146,17 @@ COMBINATIONS = [
     ({"stage": "stage1", "generation_top_k": 2}, "--generation_top_k must be 1 in stage1"),
     ({"stage": "stage2"}, "--stage stage2 needs --pretrain_checkpoint: it freezes the compressor"),
     ({"stage": RETRIEVAL}, f"--stage {RETRIEVAL} needs --pretrain_checkpoint"),
-    ({"stage": "stage2", "stage2_mips": True, **START}, "--stage2_mips needs the retrieval service"),
+    ({"stage": "stage1_2", "stage2_mips": True}, "--stage2_mips does not go with --stage stage1_2: only stage2"),
+    ({"stage": RETRIEVAL, "stage2_mips": True, **START}, f"--stage2_mips does not go with --stage {RETRIEVAL}"),
+    (
+        {"stage": "stage2", "stage2_mips": True, "generation_top_k": 5, "stage2_retrieval_top_n": 4, **START},
+        "--stage2_retrieval_top_n must be at least --generation_top_k 5: so many documents are selected",
+    ),
+    (
+        {"stage": "stage2", "stage2_mips": True, "retrieval_url": "localhost:5004", **START},
+        "--retrieval_url 'localhost:5004' is not the URL of a service: give one such as http://127.0.0.1:5004",
+    ),
+    ({"stage": "stage2", "retrieval_url": "http://a", **START}, "--retrieval_url only goes with --stage2_mips"),
     (
         {"stage": "stage2", "stage2_retrieval_top_n": 5, **START},
         "--stage2_retrieval_top_n only goes with --stage2_mips",
@@ -159,7 +170,8 @@ COMBINATIONS = [
     ),
     ({"stage": "text_rag", **START}, "--pretrain_checkpoint does not go with --stage text_rag: it reads documents as"),
     ({"stage": "text_rag", "qa_loss": False}, "--no_qa_loss does not go with --stage text_rag"),
-    ({"stage": "text_rag", "stage2_mips": True}, "--stage2_mips needs the retrieval service"),
+    ({"stage": "text_rag", "stage2_mips": True}, "--stage2_mips does not go with --stage text_rag: it reads documents"),
+    ({"stage": "stage2", "stage2_mips": True, "document_store": "s", **START}, "--document_store does not go with"),
     ({"stage": "text_rag", "do_eval_gen": True}, "--do_eval_gen needs --eval_dataset"),
     ({"disable_ds_ckpt": True, "load_checkpoint": True}, "--load_checkpoint resumes from the checkpoints that"),
 ]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from openrlhf.datasets.collators import COLLATORS, IGNORE, Collator
-from openrlhf.datasets.records import record_rows
+from openrlhf.datasets.collators import COLLATORS, IGNORE, Collator, RetrievedCollator
+from openrlhf.datasets.records import RETRIEVED, record_rows
 from openrlhf.models.configuration_clara import CLaRaConfig
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.models.prompts import DEFAULT_PROMPTS
@@ -360,3 +360,20 @@ def test_special_tokens_spelt_in_a_record_stay_text(tokens):
     assert slots(tokens, batch) == [2]
     assert int((batch["dec_input_ids"] == tokens.memory_ids[0]).sum()) == 2
     assert answers(tokens, batch)[0].strip() == "<MEM1> is </s> text" + ends(tokens)
+
+
+def test_without_documents_a_batch_is_the_same_but_for_them(tokens):
+    """K documents to read, N to be fetched; prompts, labels and questions as with documents in the batch."""
+    lines = records("stage2", 5)
+    collate = RetrievedCollator(tokens, "stage2", 512, 2, 7, candidates=4)
+    batch = collate(rows(RETRIEVED, lines), epoch=0)
+    expected = collator(tokens, "stage2", k=2)(rows("stage2", lines), epoch=0)
+    documents = {"enc_input_ids", "enc_attention_mask"}
+    assert set(expected) - set(batch) == documents and not set(batch) - set(expected)
+    for name in set(batch) - {"pos_index", "n_tokens", "counts"}:
+        same = torch.equal if isinstance(batch[name], torch.Tensor) else lambda one, other: one == other
+        assert same(batch[name], expected[name]), name
+    assert batch["docs_per_question"].tolist() == [4] * 5 and slots(tokens, batch) == [2] * 5
+    assert batch["n_tokens"] == expected["n_tokens"] - int(expected["enc_attention_mask"].sum())
+    assert not any(batch["pos_index"]) and not batch["counts"]["docs_cut"]
+    assert all(torch.equal(batch[name], collate(rows(RETRIEVED, lines), 1, train=False)[name]) for name in ("labels",))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from openrlhf.datasets.records import RecordError, file_rows, find_files, load_records, record_rows
+from openrlhf.datasets.records import RETRIEVED, RecordError, file_rows, find_files, load_records, record_rows
 from tests.trainer.facts import DOCS, FACTS, candidates, paraphrase, qa, write_jsonl
 
 END_TO_END = {"question": "Where was Marie Curie born?", "docs": DOCS[:3]}
@@ -122,6 +122,16 @@ def test_context_and_content_are_accepted_for_docs(field, stage):
     record = dict(qa(0) if stage == "stage1" else candidates(0))
     renamed = {(field if key == "docs" else key): value for key, value in record.items()}
     assert record_rows(renamed, stage) == record_rows(record, stage)
+
+
+@pytest.mark.parametrize("docs", [None, [], "one", ["a", ""], 7])
+@pytest.mark.parametrize("pos_index", [None, [9], "x"])
+def test_documents_that_are_to_be_retrieved_are_not_read_from_the_record(docs, pos_index):
+    record = {"question": "Who?", "answer": "She.", "docs": docs, "pos_index": pos_index}
+    (row,) = record_rows({key: value for key, value in record.items() if value is not None}, RETRIEVED)
+    assert (row["question"], row["answers"], row["docs"], row["pos_index"]) == (["Who?"], ["She."], [], [])
+    assert "there is no answer" in refused({"question": "Who?"}, RETRIEVED)
+    assert "question must be" in refused({"answer": "She."}, RETRIEVED)
 
 
 @pytest.mark.parametrize(
