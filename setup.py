@@ -29,7 +29,7 @@ setup(
         "eval": ["bm25s", "matplotlib", "scikit-learn", "sentence-transformers>=5.2", "llmlingua>=0.2.2", "spacy"],
         "pipeline": ["gguf>=0.17"],
         "search": ["bm25s", "faiss-cpu"],
-        "serve": ["fastapi>=0.110", "uvicorn>=0.29"],
-        "test": ["pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn", "faiss-cpu"],
+        "serve": ["fastapi>=0.110", "uvicorn>=0.29", "httpx"],
+        "test": ["pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn", "faiss-cpu", "httpx"],
     },
 )

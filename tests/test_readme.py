@@ -25,7 +25,8 @@ README, GUIDE, DATA = "README.md", "docs/TRAINING_GUIDE.md", "DATA_PIPELINE_GUID
 INDEX, EVALUATION, EVALUATION_DATA = "docs/PAPER_INDEX.md", "docs/EVALUATION_GUIDE.md", "docs/EVALUATION_DATA.md"
 HARDWARE, BENCHMARKS = "docs/HARDWARE_REQUIREMENTS.md", "benchmarks/README.md"
 RAG, REPRODUCTION = "docs/RAG_GUIDE.md", "docs/REPRODUCTION_GUIDE.md"
-OTHER_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", HARDWARE, BENCHMARKS, RAG, REPRODUCTION)
+HOSTING = "docs/LLM_HOSTING_GUIDE.md"
+OTHER_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", HARDWARE, BENCHMARKS, RAG, REPRODUCTION, HOSTING)
 PAGES = (README, GUIDE, DATA, INDEX, EVALUATION, EVALUATION_DATA, *OTHER_PAGES)
 # What scripts/prepare_eval_data.py makes.
 MADE = "evaluation/evaluation_data"
@@ -33,7 +34,16 @@ BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 NAMED = re.compile(r"(?<![\w/.$-])(?:(?:scripts|openrlhf|evaluation|example|docs|figs|tests|benchmarks)/[\w./-]*\w/?"
                    r"|[A-Z_]{6,}\.md|LICENSE|setup\.py|requirements[\w-]*\.txt|\.env\.example)(?![\w/])")  # fmt: skip
 # Flags of programs that are not ours, by the first word of the command.
-OTHERS = {"pip": ("-r", "-e", "--no-deps"), "conda": ("-n",), "curl": ("-s", "-d")}
+VLLM = (
+    "--served-model-name",
+    "--dtype",
+    "--enable-prompt-embeds",
+    "--enable-lora",
+    "--lora-modules",
+    "--max-lora-rank",
+)
+VLLM += ("--host", "--port", "--gpu-memory-utilization", "--max-model-len", "--max-num-seqs")
+OTHERS = {"pip": ("-r", "-e", "--no-deps"), "conda": ("-n",), "curl": ("-s", "-d"), "vllm": VLLM}
 
 
 def read(page: str) -> str:
@@ -171,7 +181,7 @@ def test_flags_named_in_the_text_exist(page):
     files = [
         path for room in ("scripts", "openrlhf/cli", "evaluation", "benchmarks") for path in ROOT.glob(f"{room}/*.py")
     ]
-    known = (TRAINING_FLAGS | EVALUATION_FLAGS).union(*map(option_strings, files))
+    known = (TRAINING_FLAGS | EVALUATION_FLAGS).union(VLLM, *map(option_strings, files))
     named = {flag for code in inline(page) if code.startswith("--") for flag in re.findall(r"--[a-z][\w-]*", code)}
     assert named <= known
 
