@@ -30,6 +30,11 @@ setup(
         "pipeline": ["gguf>=0.17"],
         "search": ["bm25s", "faiss-cpu"],
         "serve": ["fastapi>=0.110", "uvicorn>=0.29", "httpx"],
-        "test": ["pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn", "faiss-cpu", "httpx"],
+        "langchain": ["langchain-core>=0.3", "bm25s"],
+        "llamaindex": ["llama-index-core>=0.12", "bm25s"],
+        "test": [
+            *("pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn", "faiss-cpu"),
+            *("langchain-core>=0.3", "llama-index-core>=0.12", "fastapi>=0.110", "uvicorn>=0.29", "httpx"),
+        ],
     },
 )

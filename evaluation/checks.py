@@ -19,6 +19,7 @@ from openrlhf.models.checkpoint import CONFIG_FILE, EMBEDDINGS_FILE, find_base, 
 from openrlhf.models.configuration_clara import TEXT_RAG, CLaRaConfig
 from openrlhf.models.public_format import ADAPTERS_FILE, read_prompts
 from openrlhf.retrieval.layout import read_header
+from openrlhf.utils.checkpoints import inspect_checkpoint
 from openrlhf.utils.logging import write_whole
 
 TABLE, RUN, WORK = "table.md", "run.json", "work"
@@ -43,11 +44,9 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
         FileNotFoundError: the checkpoint or its base model is missing.
         ValueError: its stage cannot do what the suite asks, or it carries no prompts.
     """
-    root = find_checkpoint(config.checkpoint, config.subfolder)
-    override = {"decoder_model_name": config.model_path} if config.model_path else {}
-    ours, saved = read_config(root, None, override)
+    root, ours, base = inspect_checkpoint(config.checkpoint, config.model_path, config.subfolder)
     public = (root / ADAPTERS_FILE).is_file()
-    trained = saved.training_stage
+    trained = ours.training_stage
     if trained == TEXT_RAG:
         raise ValueError(
             f"{root} is a text_rag checkpoint, which has no compressor: give it as --text_rag_checkpoint, beside a "
@@ -74,7 +73,6 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
                 f"--document_store {config.document_store} was compressed at rate {header.get('compr_rate')} of "
                 f"{header.get('doc_max_length')} tokens, {root} has rate {ours.compr_rate} of {ours.doc_max_length}"
             )
-    base, _ = find_base(ours.decoder_model_name, root, Path.cwd())
     return root, {
         "checkpoint": str(config.checkpoint),
         "base_model": base,

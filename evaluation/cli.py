@@ -8,9 +8,9 @@ from typing import Any, NoReturn
 
 import torch
 
-from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config
 from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.utils.checkpoints import inspect_checkpoint
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -29,17 +29,9 @@ def check_checkpoint(name: str, model_path: str | None) -> Path:
     """
     if not Path(name).is_dir():
         raise FileNotFoundError(f"{name} is no directory: give the directory of a CLaRa checkpoint")
-    root = find_checkpoint(name)
-    config, _ = read_config(root, None, {})
+    root, config, _ = inspect_checkpoint(name, model_path)
     if config.training_stage == TEXT_RAG:
         raise ValueError(f"{root} is a text_rag checkpoint, which has no vectors: give a CLaRa checkpoint")
-    base = model_path or config.decoder_model_name
-    try:
-        find_base(base, root, Path.cwd())
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"the base model {base!r} of {root} was not found: give its directory or Hub id with --model_path"
-        ) from None
     return root
 
 

@@ -18,10 +18,10 @@ from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config
 from openrlhf.retrieval.corpus import Corpus
 from openrlhf.retrieval.layout import HEADER_FILE, check_header, check_new, read_header
 from openrlhf.retrieval.store import Store
+from openrlhf.utils.checkpoints import inspect_checkpoint
 
 MODES = ("delete", "verify", "repair", "compact")
 SHOWN = 5
@@ -77,9 +77,7 @@ def check(args: argparse.Namespace) -> tuple[Corpus | None, int]:
     if first:
         check_output(args)
     if args.model is not None:
-        root = find_checkpoint(args.model)
-        config, _ = read_config(root, None, {"decoder_model_name": args.model_path} if args.model_path else {})
-        find_base(config.decoder_model_name, root, Path.cwd())
+        _, config, _ = inspect_checkpoint(args.model, args.model_path)
         if first and (args.output / HEADER_FILE).is_file():
             here = {name: getattr(config, name) for name in ("doc_max_length", "compr_rate")}
             check_header(args.output, read_header(args.output), here)

@@ -12,10 +12,10 @@ import os
 import sys
 from pathlib import Path
 
-from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config
 from openrlhf.rag.config import RAGConfig
 from openrlhf.retrieval.corpus import Corpus
 from openrlhf.retrieval.layout import HEADER_FILE
+from openrlhf.utils.checkpoints import inspect_checkpoint
 
 DEFAULT_MODEL = "checkpoints/quickstart/stage2"
 
@@ -57,10 +57,7 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None]:
         raise FileNotFoundError(
             f"no model: {DEFAULT_MODEL} is not there (`bash scripts/quickstart.sh` trains it); give --model"
         )
-    root = find_checkpoint(args.model)
-    override = {"decoder_model_name": args.model_path} if args.model_path else {}
-    ours, saved = read_config(root, None, override)
-    find_base(ours.decoder_model_name, root, Path.cwd())
+    root, saved, _ = inspect_checkpoint(args.model, args.model_path)
     if config.compression.enabled and not saved.training_stage.startswith("stage2"):
         raise ValueError(
             f"{root} is a {saved.training_stage} checkpoint: a stage2 checkpoint is needed to choose documents"

@@ -3,6 +3,7 @@
 Knows nothing about stages, prompts or losses.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -50,11 +51,20 @@ class AdapterRouter:
     """Chooses which adapter a forward pass goes through, without touching `requires_grad`.
 
     PEFT's `set_adapter` freezes the other adapters, which loses gradients when one loss goes through two of them.
+
+    Threads may share a model: one passes through it at a time, and each through its own adapter.
     """
 
     def __init__(self, decoder: nn.Module):
         self.layers: list[Any] = [module for module in decoder.modules() if isinstance(module, BaseTunerLayer)]
         self.active: str | None = None
+        self.lock = threading.RLock()
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in self.__dict__.items() if key != "lock"}  # which cannot be copied
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
 
     def check(self, name: str) -> None:
         """Raises ValueError when the decoder has no adapter `name`."""
@@ -71,16 +81,17 @@ class AdapterRouter:
         """
         if name is not None:
             self.check(name)
-        before, was = [layer._active_adapter for layer in self.layers], self.active
-        try:
-            for layer in self.layers:
-                layer._active_adapter = [] if name is None else [name]
-            self.active = name
-            yield
-        finally:
-            for layer, names in zip(self.layers, before, strict=True):
-                layer._active_adapter = names
-            self.active = was
+        with self.lock:
+            before, was = [layer._active_adapter for layer in self.layers], self.active
+            try:
+                for layer in self.layers:
+                    layer._active_adapter = [] if name is None else [name]
+                self.active = name
+                yield
+            finally:
+                for layer, names in zip(self.layers, before, strict=True):
+                    layer._active_adapter = names
+                self.active = was
 
     def checkpoint_contexts(self):
         """`context_fn` of non-reentrant checkpointing: recompute under the adapter active in the forward pass."""

@@ -172,10 +172,7 @@ def load_pretrained(cls, source, given: CLaRaConfig | None = None, *, subfolder:
     if public:
         states = read_public_adapters(root)
     else:
-        present = [name for name in ADAPTERS if (root / name).is_dir()]
-        needed = (ENCODER, DECODER, *([QUERY] if saved.training_stage.startswith("stage2") else []))
-        names = [DECODER] if saved.training_stage == TEXT_RAG else dict.fromkeys((*needed, *present))
-        states = {name: read_adapter(root / name, config.lora_r) for name in names}
+        states = {name: read_adapter(root / name, config.lora_r) for name in adapters_of(root, saved.training_stage)}
     decoder, tokenizer, base_path = load_decoder(config, root, Path.cwd(), **load)
     if (root / "tokenizer.json").is_file() and not public:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(root)
@@ -188,6 +185,14 @@ def load_pretrained(cls, source, given: CLaRaConfig | None = None, *, subfolder:
         logger.warning("%s holds no query reasoner: it starts as a copy of the compressor", root)
         model.add_query_reasoner()
     return model.eval()
+
+
+def adapters_of(root: Path, stage: str) -> list[str]:
+    """The adapters of a checkpoint of ours: those its stage needs, and any other that is there."""
+    if stage == TEXT_RAG:
+        return [DECODER]
+    needed = (ENCODER, DECODER, *([QUERY] if stage.startswith("stage2") else []))
+    return list(dict.fromkeys((*needed, *(name for name in ADAPTERS if (root / name).is_dir()))))
 
 
 def _read_rows(root: Path, model) -> tuple[torch.Tensor, torch.Tensor | None]:

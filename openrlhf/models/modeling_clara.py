@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from .configuration_clara import STAGES, TEXT_RAG, CLaRaConfig
 from .document_cache import DocumentCache, LookUp
 from .lora import LoraLinear, fixed_linear
 from .prompts import DEFAULT_PROMPTS
+from .publish import push
 from .selection import retrieval_loss, select_documents
 from .tokens import ClaraTokens
 
@@ -128,6 +130,16 @@ class CLaRa(Answering, PreTrainedModel):
     ) -> None:
         """Writes a checkpoint, atomically; see `checkpoint.save_pretrained`."""
         save_pretrained(self, Path(save_directory), state=state, card=card)
+
+    def push_to_hub(self, repo_id: str, *, card: str | None = None, **options) -> str:  # type: ignore[override]
+        """Publishes the model on the Hugging Face Hub, in one commit; where it is. Keywords: see `publish.push`.
+
+        Raises:
+            ValueError, OSError: the check before it refuses, or the Hub does.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card=card)
+            return push(Path(folder), repo_id, **options)
 
     def _new_special_embeddings(self, decoder: Any) -> SpecialEmbeddings:
         """Fresh rows drawn from the mean and spread of the base rows; a neutral (mean) row in an untied LM head."""

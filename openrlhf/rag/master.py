@@ -9,12 +9,14 @@ Texts are data: whatever they spell, they reach the model as plain text. Knows n
 import logging
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from openrlhf.models.adapters import DECODER
 from openrlhf.models.fingerprint import fingerprint
@@ -32,20 +34,26 @@ logger = logging.getLogger(__name__)
 History = Sequence[tuple[str, str]]
 """Earlier questions and their answers, oldest first."""
 Documents = Store | Sequence[str | dict | Document]
+Scored = list[tuple[float, int]]
+"""Scores and what they are of: rows of a store, or positions in a list."""
 PASSAGE_CHARACTERS = 500
+KEPT_TEXTS = 1000
+"""Texts whose vectors `rerank` keeps: 128 MiB at rate 16 and the width of a 7B model."""
 INDEX_FOLDER = "search"
 """Of a store: where its indexes lie."""
 
 
 @dataclass(frozen=True)
 class Citation:
-    """A document that an answer was given from; `score` is its cosine with the question, BM25's without compression."""
+    """A document that an answer was given from; `score` is its cosine with the question, BM25's without compression.
+    `metadata` is what else the document came with."""
 
     id: str
     title: str
     page: int | None
     passage: str
     score: float
+    metadata: dict = field(default_factory=dict, hash=False)
 
 
 @dataclass
@@ -109,6 +117,9 @@ class RAGMaster:
         self._folder = tempfile.TemporaryDirectory(prefix="clara-rag-")
         self._given: Store | None = None
         self._corpora: dict[Store, _Corpus] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
+        # A list of documents takes the place of the one before it: one thread at a time.
+        self._lock = threading.RLock()
 
     def close(self) -> None:
         """Removes the vectors of documents that were given as a list; a store that was given stays open."""
@@ -182,34 +193,88 @@ class RAGMaster:
         """Everything before the first token: candidates, selection, prompt or refusal."""
         if isinstance(questions, str) or not all(isinstance(q, str) and q.strip() for q in questions):
             raise ValueError("questions must be texts that say something")
-        corpus = self._corpus(documents)
         histories = histories or [()] * len(questions)
-        return [self._prepare(q, corpus, history) for q, history in zip(questions, histories, strict=True)]
+        with self._lock:
+            corpus = self._corpus(documents)
+            return [self._prepare(q, corpus, history) for q, history in zip(questions, histories, strict=True)]
 
-    def _prepare(self, question: str, corpus: _Corpus, history: History) -> Prepared:
-        searched = " ".join([*(asked for asked, _ in history[-1:]), question])
-        asked = _with_history(question, history)
+    def retrieve(self, question: str, documents: Documents, history: History = ()) -> list[Citation]:
+        """What `query` would answer from, best first, without answering: citations whose passage is the whole text.
+
+        None where no document scores `min_score`.
+
+        Raises:
+            ValueError: as `query`.
+        """
+        if not question.strip():
+            raise ValueError("the question must say something")
+        with self._lock:
+            corpus = self._corpus(documents)
+            found, _ = self._find(_searched(question, history), corpus)
+            return _cite(corpus.store, found, characters=None)
+
+    def rerank(self, question: str, documents: Sequence[str | Document]) -> list[tuple[int, float]]:
+        """The documents closest to the question: (position, cosine), best first; at most `top_k`, none below
+        `min_score`, and without a search by words.
+
+        A text is compressed once, as long as it is among the last `KEPT_TEXTS`.
+
+        Raises:
+            ValueError: the question is empty, or the model has no query reasoner.
+        """
+        if not question.strip():
+            raise ValueError("the question must say something")
+        texts = [compressed_text(item) if isinstance(item, Document) else item for item in documents]
+        if not texts:
+            return []
+        with self._lock:
+            query_1E = self.model.encode_queries([question]).cpu()
+            docs_NE = self._compressed(texts).flatten(1)
+        scores_N = F.cosine_similarity(query_1E.double(), docs_NE.double())
+        chosen, _ = self._chosen([(score, i) for i, score in enumerate(scores_N.tolist())])
+        return [(i, score) for score, i in chosen]
+
+    def _compressed(self, texts: Sequence[str]) -> torch.Tensor:
+        """Vectors `[N, L, D]` of texts, as a store would hold them; those used last are kept."""
+        distinct = list(dict.fromkeys(texts))
+        new = [text for text in distinct if text not in self._vectors]
+        made = self.model.compress_documents(new)[0].to("cpu", torch.bfloat16) if new else ()
+        known = {text: self._vectors.pop(text) for text in distinct if text in self._vectors}
+        known |= {text: doc_LD.clone() for text, doc_LD in zip(new, made, strict=True)}
+        self._vectors |= known
+        for oldest in list(self._vectors)[:-KEPT_TEXTS]:
+            del self._vectors[oldest]
+        return torch.stack([known[text] for text in texts])
+
+    def _find(self, searched: str, corpus: _Corpus) -> tuple[Scored, str]:
+        """The rows to answer from with their scores, best first; where there are none, why."""
         if not self.config.compression.enabled:
             scores_K, rows_K = corpus.bm25.search(searched, self.top_k)
-            cited = _cite(corpus.store, rows_K.tolist(), scores_K.tolist())
-            if not cited:
-                return self._without(asked, "none of them shares a word with it")
-            texts = [compressed_text(documents[0]) for documents in corpus.store.documents_at(rows_K)]
-            return Prepared(cited, self.model.text_prompt(asked, texts), None, None)
-        limits, bar = self.config.retrieval, self.config.reranking.min_score
+            return list(zip(scores_K.tolist(), rows_K.tolist(), strict=True)), "none of them shares a word with it"
+        limits = self.config.retrieval
         query_1E = self.model.encode_queries([searched])
         sizes = (limits.dense_top_k, limits.sparse_top_k, limits.fusion)
         found = hybrid_candidates(corpus.store, corpus.bm25, searched, query_1E[0].cpu(), *sizes, index=corpus.nearest)
+        return self._chosen([(candidate.dense, candidate.row) for candidate in found])
+
+    def _chosen(self, scored: Scored) -> tuple[Scored, str]:
+        """The `top_k` best by score that are not below the bar, equal scores by number; where there are none, why."""
+        bar = self.config.reranking.min_score
+        best = sorted(scored, key=lambda one: (-one[0], one[1]))[: self.top_k]
+        why = f"the closest scores {best[0][0]:.2f}, below {bar:g}" if best else "there are none"
+        return [one for one in best if one[0] >= bar], why
+
+    def _prepare(self, question: str, corpus: _Corpus, history: History) -> Prepared:
+        asked = _with_history(question, history)
+        found, why = self._find(_searched(question, history), corpus)
         if not found:
-            return self._without(asked, "there are none")
-        best = sorted(found, key=lambda candidate: (-candidate.dense, candidate.row))[: self.top_k]
-        kept = [candidate for candidate in best if candidate.dense >= bar]
-        if not kept:
-            return self._without(asked, f"the closest scores {best[0].dense:.2f}, below {bar:g}")
-        rows = [candidate.row for candidate in kept]
-        cited = _cite(corpus.store, rows, [candidate.dense for candidate in kept])
+            return self._without(asked, why)
+        cited, rows = _cite(corpus.store, found), [row for _, row in found]
+        if not self.config.compression.enabled:
+            texts = [compressed_text(documents[0]) for documents in corpus.store.documents_at(rows)]
+            return Prepared(cited, self.model.text_prompt(asked, texts), None, None)
         docs_KLD = corpus.store.vectors(rows).to(self.model.device, self.model.dtype)
-        return Prepared(cited, self.model.answer_prompt(asked, len(kept)), docs_KLD)
+        return Prepared(cited, self.model.answer_prompt(asked, len(rows)), docs_KLD)
 
     def _without(self, asked: str, why: str) -> Prepared:
         """Where no document is good enough: a refusal, or an answer from the base model where that is allowed."""
@@ -285,9 +350,15 @@ def _with_history(question: str, history: History) -> str:
     return f"{question}\n\nEarlier in this conversation:\n{turns}"
 
 
-def _cite(store: Store, rows: Sequence[int], scores: Sequence[float]) -> list[Citation]:
+def _searched(question: str, history: History) -> str:
+    """What candidates are looked for with: a follow-up question together with the one before it."""
+    return " ".join([*(asked for asked, _ in history[-1:]), question])
+
+
+def _cite(store: Store, scored: Scored, characters: int | None = PASSAGE_CHARACTERS) -> list[Citation]:
+    documents = store.documents_at([row for _, row in scored])
     return [
-        Citation(d.id, d.title, d.page, d.text[:PASSAGE_CHARACTERS], round(float(score), 4))
-        for found, score in zip(store.documents_at(rows), scores, strict=True)
+        Citation(d.id, d.title, d.page, d.text[:characters], round(float(score), 4), d.metadata)
+        for (score, _), found in zip(scored, documents, strict=True)
         for d in found
     ]

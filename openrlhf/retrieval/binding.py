@@ -2,6 +2,7 @@
 
     NAME.json        what the index is and was built from; written last, and names the folder that counts
     NAME-1a2b3c4d/   the index's files
+    NAME.lock        held by the one process that writes; the next waits
 
 Contract: `read_index` finds the last index whose `write_index` came to its end, whatever was killed since, or says in
 words that it does not belong to this store. In a store row numbers are never given twice, so an index stays true for
@@ -9,6 +10,7 @@ the rows it holds: those deleted later are missing in `store.rows()`, those adde
 Knows nothing about what kind of index it is.
 """
 
+import fcntl
 import hashlib
 import json
 import secrets
@@ -40,8 +42,17 @@ def write_index(
         OSError: the disk is full or not writable; the index that was there before still is.
     """
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _write_locked(folder, name, facts, store, rows_R, write)
+
+
+def _write_locked(
+    folder: Path, name: str, facts: dict, store: Store, rows_R: torch.Tensor, write: Callable[[Path], None]
+) -> None:
     parts = folder / f"{name}-{secrets.token_hex(4)}"
-    parts.mkdir(parents=True)
+    parts.mkdir()
     try:
         write(parts)
         for file in (*parts.iterdir(), parts, folder):

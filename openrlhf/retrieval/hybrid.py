@@ -73,6 +73,7 @@ class Bm25Index:
         self.store, self._row_of_D, self._index = store, row_of_D, index
         rows, self._place_of_D = np.unique(row_of_D, return_inverse=True)
         self.rows_R = torch.from_numpy(rows)
+        self._changes: tuple[int, int] | None = None
         self.refresh()
 
     @classmethod
@@ -135,12 +136,18 @@ class Bm25Index:
         return opened
 
     def refresh(self) -> None:
-        """Looks up what was added to the store and deleted from it since the index was built; warns of the former."""
+        """Looks up what was added to the store and deleted from it since the index was built; warns of the former.
+
+        Asks for all rows only where something was committed since the last time.
+        """
+        if (changes := self.store.changes()) == self._changes:
+            return
         live = self.store.rows()
         self._live_R = torch.isin(self.rows_R, live, assume_unique=True).numpy()
         self.n_missing = len(live) - int(self._live_R.sum())
         if self.n_missing:
             logger.warning("BM25 does not know %d of %d rows: build its index again", self.n_missing, len(live))
+        self._changes = changes
 
     def scores(self, question: str) -> torch.Tensor:
         """The score of each row of `rows_R`, `[R]` float32; 0 where it shares no word with the question."""

@@ -248,36 +248,52 @@ class TwoStepIndex:
     def __init__(self, store: Store, factory: str, tensors: dict[str, torch.Tensor], index: Any):
         self.store, self.factory, self._index = store, factory, index
         self.rows_R, self._basis_EP = tensors["rows"], tensors["basis"]
+        self._changes: tuple[int, int] | None = None
         self.refresh()
 
     @classmethod
     def build(
-        cls, store: Store, folder: str | Path, factory: str | None = None, device: str | torch.device | None = None
+        cls,
+        store: Store,
+        folder: str | Path,
+        factory: str | None = None,
+        device: str | torch.device | None = None,
+        dimensions: int = DIMENSIONS,
+        probe: int | None = None,
     ) -> "TwoStepIndex":
         """Builds the index of a store's live rows in two passes over a sample and one over all, and writes it.
 
         Args:
             folder: where to write it; an index that is there is replaced once the new one is whole.
-            factory: a string for `faiss.index_factory`, over vectors of `DIMENSIONS` or fewer numbers;
+            factory: a string for `faiss.index_factory`, over vectors of `dimensions` or fewer numbers;
                 `default_factory` otherwise.
             device: where vectors are projected; the CPU by default.
+            dimensions: numbers of a projected vector, at most COMPONENTS_FROM; fewer where documents vary in fewer.
+            probe: of an index in lists, how many a question looks into; default: every PROBED-th.
 
         Raises:
-            ValueError: FAISS is not installed, the store is empty, or FAISS refuses the factory.
+            ValueError: FAISS is not installed, the store is empty, FAISS refuses the factory, or a number cannot be.
             OSError: the disk is full or not writable.
         """
         faiss = _faiss()
         rows_R = store.rows()
         if not len(rows_R):
             raise ValueError(f"{store.path} holds no documents: there is nothing to build an index of")
+        if not 1 <= dimensions <= COMPONENTS_FROM:
+            raise ValueError(f"a projection has between 1 and {COMPONENTS_FROM} numbers, asked for {dimensions}")
         factory = factory or default_factory(len(rows_R))
-        basis_EP = principal_components(store, rows_R, device)
+        basis_EP = principal_components(store, rows_R, device, dimensions)
         project = Tiles(basis_EP)
         with _faiss_errors(factory, len(rows_R)):
             index = faiss.index_factory(basis_EP.shape[1], factory, faiss.METRIC_L2)
         lists = faiss.try_extract_index_ivf(index)
+        n_lists = 0 if lists is None else lists.nlist
+        if probe is not None and not 1 <= probe <= n_lists:
+            raise ValueError(
+                f"'{factory}' has {n_lists} lists (those with IVF have any): {probe} cannot be looked into"
+            )
         if lists is not None:
-            lists.nprobe = max(MIN_PROBES, lists.nlist // PROBED)
+            lists.nprobe = probe or max(MIN_PROBES, n_lists // PROBED)
         step = rows_of(store, BLOCK_BYTES)
         if not index.is_trained:
             sample_S = evenly(rows_R, max(TRAINED_ON, 40 * lists.nlist if lists is not None else 0))
@@ -317,13 +333,17 @@ class TwoStepIndex:
             raise ValueError(f"the index in {folder} is damaged ({error}): build it again") from error
 
     def refresh(self) -> None:
-        """Looks up what was added to the store and deleted from it since the index was built."""
+        """Looks up what was added to the store and deleted from it since the index was built; at no cost where nothing
+        was committed since the last time."""
+        if (changes := self.store.changes()) == self._changes:
+            return
         live = self.store.rows()
         self._live_R = torch.isin(self.rows_R, live, assume_unique=True)
         self.tail_T = live[~torch.isin(live, self.rows_R, assume_unique=True)]
         if len(self.tail_T) > len(live) // 10:
             said = "%d of %d rows are not in the index and are searched one by one: build it again"
             logger.warning(said, len(self.tail_T), len(live))
+        self._changes = changes
 
     def search(
         self, query_BE: torch.Tensor, k: int, candidates: int | None = None
@@ -399,21 +419,23 @@ def default_factory(n_rows: int) -> str:
     return f"IVF{2 ** round(math.log2(2 * math.sqrt(n_rows)))}," + ("SQ8" if n_rows < 5_000_000 else "PQ64")
 
 
-def principal_components(store: Store, rows_R: torch.Tensor, device: str | torch.device | None = None) -> torch.Tensor:
+def principal_components(
+    store: Store, rows_R: torch.Tensor, device: str | torch.device | None = None, dimensions: int = DIMENSIONS
+) -> torch.Tensor:
     """The directions in which a sample of the normalised documents varies most.
 
     They come from the products of the sample's documents with each other, since a covariance of E = 65,536
     numbers would have as many rows and columns. Same rows, same result.
 
     Returns:
-        basis `[E, P]` float32, orthonormal, on the device; P ≤ DIMENSIONS.
+        basis `[E, P]` float32, orthonormal, on the device; P ≤ dimensions.
     """
     sample_S = evenly(rows_R, COMPONENTS_FROM)
     docs_SE = store.vectors(sample_S).flatten(1).to(device or "cpu").float()
     docs_SE /= torch.linalg.vector_norm(docs_SE, dim=1, keepdim=True).clamp_min(_EPS)
     docs_SE -= docs_SE.mean(0)
     values_S, vectors_SS = torch.linalg.eigh((docs_SE @ docs_SE.T).double())
-    kept = max(1, min(DIMENSIONS, int((values_S > 1e-6 * values_S[-1]).sum())))
+    kept = max(1, min(dimensions, int((values_S > 1e-6 * values_S[-1]).sum())))
     values_P, vectors_SP = values_S[-kept:].flip(0), vectors_SS[:, -kept:].flip(1)
     return docs_SE.T @ (vectors_SP / values_P.clamp_min(1e-12).sqrt()).float()
 

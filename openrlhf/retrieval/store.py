@@ -182,6 +182,10 @@ class Store:
         """Number of documents."""
         return self._one("SELECT COUNT(*) FROM documents")[0]
 
+    def changes(self) -> tuple[int, int]:
+        """Counters of what others and what this object committed: equal to what they were, nothing has changed."""
+        return self._one("PRAGMA data_version")[0], self._sql.total_changes
+
     def nbytes(self) -> int:
         """Bytes on disk, holes included."""
         return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())

@@ -18,7 +18,9 @@ def set_up_logging(rank: int) -> None:
     logging.basicConfig(
         level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
     )
-    for noisy in ("httpx", "httpcore", "filelock", "fsspec", "urllib3", "torch", "DeepSpeed"):
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(level)  # the root's own level does not hold back a library that sets its logger to DEBUG
+    for noisy in ("httpx", "httpcore", "filelock", "fsspec", "urllib3", "torch", "DeepSpeed", "faiss"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if rank > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()

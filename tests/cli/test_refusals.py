@@ -75,7 +75,7 @@ def test_weights_must_not_be_negative(name, value):
 
 @pytest.mark.parametrize("name", ["l2", "max_norm", "mse_loss_weight"])
 def test_weights_may_be_zero(name, tmp_path):
-    accepted(tmp_path, **{name: 0.0})
+    assert getattr(accepted(tmp_path, **{name: 0.0}), name) == 0
 
 
 VALUES = [
@@ -236,7 +236,8 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_with_new_ones(tmp_path, nam
 
 def test_a_partial_checkpoint_alone_is_not_in_the_way(tmp_path):
     (tmp_path / "partial-global_step3").mkdir()
-    accepted(tmp_path, ckpt_path=str(tmp_path))
+    config = accepted(tmp_path, ckpt_path=str(tmp_path))
+    assert config.ckpt_path == str(tmp_path) and not config.load_checkpoint
 
 
 @pytest.mark.parametrize("flag", ["save_path", "ckpt_path"])

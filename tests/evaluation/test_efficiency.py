@@ -245,7 +245,7 @@ def test_a_prompt_beyond_the_base_models_positions_is_a_row_that_says_so(checkpo
         (["--round", "2"], "unrecognized arguments: --round 2"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
         (["--checkpoint", "."], "holds no complete CLaRa checkpoint"),
-        (["--model_path", "./nowhere"], "the base model './nowhere' of"),
+        (["--model_path", "./nowhere"], "the base model './nowhere' was not found"),
         (["--output_dir", "done"], "done already holds efficiency.json"),
     ],
 )

@@ -1,5 +1,9 @@
 """RAGMaster: what is read, what is cited, what is refused, and that texts stay texts."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -180,3 +184,71 @@ def test_a_store_of_another_compressor_is_refused(model, mistral, tmp_path):
     store, master = open_store(tmp_path / "store", other), RAGMaster(model, config=config())
     with store, master, pytest.raises(ValueError, match="compr_rate"):
         master.query(QUESTIONS[0], store)
+
+
+def test_retrieving_gives_what_an_answer_would_cite_with_whole_texts(model, tmp_path):
+    long = " It was repaired many times." * 40
+    documents = [Document(f"d{i}", text + long, "", i, {"shelf": f"s{i}"}) for i, text in enumerate(DOCS)]
+    history = [("Who built the tower?", "A mason.")]
+    with open_store(tmp_path / "store", model) as store, RAGMaster(model, config=config()) as master:
+        add_documents(store, model, documents)
+        for given in (store, documents):
+            for question in QUESTIONS:
+                for turns in ((), history):
+                    found = master.retrieve(question, given, turns)
+                    _, cited = master.query(question, given, turns)
+                    assert [replace(one, passage=one.passage[:500]) for one in found] == cited
+                    numbers = [int(one.id[1:]) for one in found]
+                    assert [one.passage for one in found] == [DOCS[i] + long for i in numbers]
+                    assert [one.metadata for one in found] == [{"shelf": f"s{i}"} for i in numbers]
+        assert master.retrieve(QUESTIONS[0], []) == []
+        with pytest.raises(ValueError, match="must say something"):
+            master.retrieve(" ", store)
+    with RAGMaster(model, config=config(1.0)) as barred:
+        assert barred.retrieve(QUESTIONS[0], documents) == []
+    with RAGMaster(model, config=config(compression={"enabled": False})) as plain:
+        assert [one.id for one in plain.retrieve("harbour lamp", ["Rye bread.", "The harbour lamp."])] == ["1"]
+
+
+def test_reranking_gives_the_scores_of_retrieving_and_compresses_a_text_once(model, monkeypatch):
+    read, compress = [], model.compress_documents
+    monkeypatch.setattr(model, "compress_documents", lambda texts: read.extend(texts) or compress(texts))
+    monkeypatch.setattr("openrlhf.rag.master.KEPT_TEXTS", 4)
+    with RAGMaster(model, top_k=9, config=config()) as master:
+        for question in QUESTIONS:
+            ranked = master.rerank(question, DOCS[:4])
+            found = master.retrieve(question, DOCS[:4])
+            assert [str(i) for i, _ in ranked] == [one.id for one in found]
+            assert [score for _, score in ranked] == pytest.approx([one.score for one in found], abs=1e-4)
+        assert read == DOCS[:4]
+        titled = master.rerank(QUESTIONS[0], [Document("x", "text", "Title"), "Title\ntext"])
+        assert [i for i, _ in titled] == [0, 1] and read[4:] == ["Title\ntext"]
+        master.rerank(QUESTIONS[0], [DOCS[0]])
+        assert read[5:] == [DOCS[0]], "the text used longest ago made room"
+        assert master.rerank(QUESTIONS[0], []) == []
+        with pytest.raises(ValueError, match="must say something"):
+            master.rerank("", DOCS)
+    (top, _), *_ = best(model, QUESTIONS[0], DOCS)
+    assert RAGMaster(model, config=config(min(1.0, top + 1e-3))).rerank(QUESTIONS[0], DOCS) == []
+    assert len(RAGMaster(model, config=config()).rerank(QUESTIONS[0], DOCS)) == 2, "top_k of the configuration"
+
+
+def test_threads_with_lists_of_their_own_do_not_mix_them(model):
+    """One RAGMaster, and one model under several."""
+    lists = [[f"{text} {i}" for text in DOCS[i : i + 3]] for i in range(4)] * 3
+    asked = [(QUESTIONS[i % len(QUESTIONS)], documents) for i, documents in enumerate(lists)]
+    with RAGMaster(model, config=config()) as shared, ThreadPoolExecutor(4) as pool:
+        alone = [shared.query(*one) for one in asked]
+        assert list(pool.map(lambda one: shared.query(*one), asked)) == alone
+
+        def own(one):
+            with RAGMaster(model, config=config()) as master:
+                return master.query(*one)
+
+        assert list(pool.map(own, asked)) == alone
+
+
+def test_a_model_can_still_be_copied(model):
+    again = copy.deepcopy(model)
+    assert torch.equal(again.compress_documents(DOCS)[0], model.compress_documents(DOCS)[0])
+    assert torch.equal(again.encode_queries(QUESTIONS), model.encode_queries(QUESTIONS))

@@ -4,15 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from evaluation import rankers
 from openrlhf.retrieval import hybrid
+from openrlhf.retrieval.binding import read_index, write_index
 from openrlhf.retrieval.hybrid import Bm25Index, Candidate, fuse, hybrid_candidates, words
 from openrlhf.retrieval.search import TwoStepIndex, exact_search, score_rows
-from openrlhf.retrieval.store import Document
+from openrlhf.retrieval.store import Document, Store
 from tests.retrieval.stores import key_of, new_store
 from tests.tiny import DOCS, QUESTIONS
 
@@ -128,6 +130,55 @@ def test_an_index_that_does_not_belong_to_the_store_is_refused(store, bm25, tmp_
         Bm25Index.open(store, tmp_path / "nothing")
 
 
+def test_rows_are_listed_again_only_after_a_commit(store, bm25, tmp_path, monkeypatch):
+    """A store of 10⁶ documents is not to be listed at every question, and no change is to be missed."""
+    pytest.importorskip("faiss")
+    nearest = TwoStepIndex.build(store, tmp_path / "index")
+    listed, rows = [], Store.rows
+    monkeypatch.setattr(Store, "rows", lambda self: listed.append(self) or rows(self))
+    for index in (bm25, nearest):
+        index.refresh()
+    assert listed == []
+    store.delete(["d2"])
+    for index in (bm25, nearest):
+        index.refresh()
+        index.refresh()
+    assert len(listed) == 2 and not bm25._live_R[2] and not nearest._live_R[2]
+    with Store.open(store.path) as reader:  # another connection sees what this one commits
+        opened = Bm25Index.open(reader, tmp_path / "index")
+        listed.clear()
+        opened.refresh()
+        assert listed == []
+        store.delete(["d8"])
+        opened.refresh()
+        assert listed == [reader] and not opened._live_R[8]
+        key = key_of("new")
+        store.add([Document("new", "A zeppelin.")], [key], {key: normal(L, D, seed=11)})
+        opened.refresh()
+        assert opened.n_missing == 1 and len(listed) == 2
+
+
+def test_two_that_write_an_index_at_once_take_turns(store, tmp_path):
+    """Each clears away what others left: one that went on beside another would lose its files."""
+    folder, rows, order = tmp_path / "index", store.rows(), []
+
+    def second():
+        write_index(folder, "some", {"by": 2}, store, rows, lambda parts: order.append("second"))
+
+    other = threading.Thread(target=second)
+
+    def first(parts):
+        other.start()
+        other.join(1)  # with its turn it would be done by then
+        (parts / "file").write_text("whole")
+        order.append("first")
+
+    write_index(folder, "some", {"by": 1}, store, rows, first)
+    other.join(60)
+    assert order == ["first", "second"] and read_index(folder, "some", store)[0]["by"] == 2
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 1
+
+
 KILLED = """
 import os, signal, sys
 from openrlhf.retrieval import binding
@@ -143,7 +194,7 @@ def test_a_killed_build_and_damaged_files_are_told_apart(store, bm25, tmp_path):
     command = [sys.executable, "-c", KILLED, str(store.path), str(folder)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert len(list(folder.iterdir())) == 3
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
     assert torch.equal(Bm25Index.open(store, folder).scores("violin"), bm25.scores("violin"))
     Bm25Index.build(store, folder)
     (parts,) = [path for path in folder.iterdir() if path.is_dir()]

@@ -63,7 +63,9 @@ def equal(found: tuple, expected: tuple) -> None:
 def test_the_best_are_those_of_a_plain_cosine_over_all_live_rows(store, rows, device):
     queries = normal(5, L * D, seed=1)
     for k in (1, 10, 100):
-        equal(exact_search(store, queries, k, device, block_bytes=rows * ROW), plain_search(store, queries, k))
+        found = exact_search(store, queries, k, device, block_bytes=rows * ROW)
+        assert found[1].shape == (5, k)
+        equal(found, plain_search(store, queries, k))
 
 
 def test_nearly_equal_documents_are_ordered_by_their_exact_scores(tmp_path):
@@ -332,10 +334,11 @@ def test_a_killed_build_leaves_the_index_that_was_there(groups, tmp_path):
     command = [sys.executable, "-c", KILLED, str(groups.path), str(folder)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert len(list(folder.iterdir())) == 3, "what the killed build had written lies beside"
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 2, "what the killed build had written is there"
     assert TwoStepIndex.open(groups, folder).factory == "Flat"
     TwoStepIndex.build(groups, folder, "HNSW16")
-    assert len(list(folder.iterdir())) == 2 and TwoStepIndex.open(groups, folder).factory == "HNSW16"
+    (_,) = (path for path in folder.iterdir() if path.is_dir())
+    assert TwoStepIndex.open(groups, folder).factory == "HNSW16"
 
 
 def test_a_damaged_index_is_named(groups, tmp_path):

@@ -249,6 +249,8 @@ def test_bytes_that_no_commit_names_are_overwritten(path):
         holds(store, range(3))
         add(store, range(3, 12))
         holds(store, range(12))
+    shards = b"".join(file.read_bytes() for file in sorted((path / "vectors").iterdir()))
+    assert b"\x7f" * 8 not in shards and len(shards) == 12 * L * D * 2
 
 
 @pytest.mark.parametrize("lost", ["cut", "removed"])
@@ -452,6 +454,8 @@ def test_a_create_that_was_killed_can_be_given_again(path):
         holds(store, [])
         add(store, [1])
         holds(store, [1])
+    with Store.open(path) as store:
+        assert [document.id for document, _ in store.texts()] == ["d1"], "and stays what it became"
 
 
 def test_wrong_additions_are_refused_and_change_nothing(path):

@@ -342,7 +342,8 @@ def test_moving_the_data_file_or_writing_more_often_is_no_change(tmp_path, whole
     shutil.copytree(whole.folder, folder)
     moved = write_jsonl(tmp_path / "moved.jsonl", records("stage1"))
     options = {**data(whole.folder.parent), "data": moved, "save_steps": 2, "logging_steps": 3, "max_ckpt_num": 5}
-    start(folder, [*flags(folder, **options), "--load_checkpoint"]).ok()
+    again = start(folder, [*flags(folder, **options), "--load_checkpoint"]).ok()
+    assert resumed_from(again) > 0 and again.saved() == whole.saved()
 
 
 def weights_of(folder: Path) -> float:
