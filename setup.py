@@ -25,9 +25,14 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
-        "ray": ["ray[default]"],
+        "ray": ["ray[data]"],
         "eval": ["bm25s", "matplotlib", "scikit-learn", "sentence-transformers>=5.2", "llmlingua>=0.2.2", "spacy"],
-        "pipeline": ["gguf>=0.17"],
+        # Beside torchvision, and with the network, the package docling itself also gives its layout models.
+        "pipeline": [
+            "docling-slim[convert-core,format-pdf,format-office,format-web,feat-chunking,feat-ocr-rapidocr-onnx]>=2.143",
+            "openai>=3.0",
+            "gguf>=0.17",
+        ],
         "search": ["bm25s", "faiss-cpu"],
         "serve": ["fastapi>=0.110", "uvicorn>=0.29", "httpx"],
         "langchain": ["langchain-core>=0.3", "bm25s"],

@@ -5,20 +5,17 @@ document, or one file, in memory. Knows nothing about models: who asks gives the
 """
 
 import hashlib
-import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from openrlhf.datasets.records import RecordError
 from openrlhf.retrieval.store import Document
+from openrlhf.utils.passages import passages
 
 TEXT_FIELDS = ("text", "contents", "content")
 SUFFIXES = (".txt", ".md")
-# Where a long text may be cut, from the best place to the last resort; the last cuts between any two characters.
-_BORDERS = (r"\n\s*\n", r"\n", r"(?<=[.!?…])[\"'”’)]*\s+|(?<=[。！？])", r"\s+", "")
 
 
 class Corpus:
@@ -162,48 +159,3 @@ def _document(record: object) -> Document:
 def _shown(value: object) -> str:
     shown = ascii(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def passages(text: str, limit: int, count: Callable[[str], int]) -> list[str]:
-    """Cuts a text into passages of at most `limit` tokens, each as long as it can be up to the end of a paragraph;
-    inside a paragraph that is too long itself at lines, sentences, words and, at last, characters. Nothing is lost but
-    the space around the cuts."""
-    parts = _cut(text, lambda part: count(part.strip()) <= limit, _BORDERS)
-    return [part.strip() for part in parts if part.strip()]
-
-
-def _cut(text: str, fits: Callable[[str], bool], borders: tuple[str, ...]) -> list[str]:
-    """Parts that fit and together are the text."""
-    if fits(text) or len(text) == 1:
-        return [text]
-    ends = [match.end() for match in re.finditer(borders[0], text)]
-    bounds = [0, *(end for end in ends if 0 < end < len(text)), len(text)]
-    pieces = [text[start:end] for start, end in itertools.pairwise(bounds)]
-    parts, start = [], 0
-    while start < len(pieces):
-        n = _longest(pieces, start, fits)
-        if n:
-            parts.append("".join(pieces[start : start + n]))
-            start += n
-            continue
-        *full, rest = _cut(pieces[start], fits, borders[1:])
-        parts += full
-        # What is left of a long piece goes on with the next one.
-        pieces[start] = rest
-        if not full:  # a single character that does not fit
-            parts.append(rest)
-            start += 1
-    return parts
-
-
-def _longest(pieces: list[str], start: int, fits: Callable[[str], bool]) -> int:
-    """How many pieces from `start` on fit together: doubling, then halving, so that long texts take few counts."""
-    low, step = 0, 1
-    while start + low + step <= len(pieces) and fits("".join(pieces[start : start + low + step])):
-        low += step
-        step *= 2
-    while step > 1:
-        step //= 2
-        if start + low + step <= len(pieces) and fits("".join(pieces[start : start + low + step])):
-            low += step
-    return low

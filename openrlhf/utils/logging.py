@@ -20,7 +20,8 @@ def set_up_logging(rank: int) -> None:
     )
     for handler in logging.getLogger().handlers:
         handler.setLevel(level)  # the root's own level does not hold back a library that sets its logger to DEBUG
-    for noisy in ("httpx", "httpcore", "filelock", "fsspec", "urllib3", "torch", "DeepSpeed", "faiss"):
+    web = ("httpx", "httpx2", "httpcore", "httpcore2", "openai", "urllib3")
+    for noisy in (*web, "filelock", "fsspec", "torch", "DeepSpeed", "faiss"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if rank > 0 or not sys.stderr.isatty():
         datasets.disable_progress_bars()

@@ -1,0 +1,82 @@
+"""What the pipeline has done: one SQLite file, keyed by the content that each piece of work was done on.
+
+Contract: `put` is whole or not there, whenever the process is killed; `get` gives back what `put` was given. A key is
+made of everything a result depends on (`content_key`), so that the same work is never done twice and a changed
+document is other work. One process writes at a time; its threads share the object. Knows nothing about the steps.
+"""
+
+import hashlib
+import json
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+def content_key(*parts: Any) -> str:
+    """sha256 over JSON values and bytes: equal for equal content, in every process and on every machine."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+class State:
+    """Results by (step, key).
+
+    Args:
+        path: the SQLite file; made where it is absent.
+        shared: the process that started this one holds the lock, and lends the state.
+
+    Raises:
+        BlockingIOError: another process has it open.
+        ValueError: the file is not such a state.
+    """
+
+    def __init__(self, path: str | Path, shared: bool = False):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._process = FileLock(f"{self.path}.lock")
+        try:
+            if not shared:
+                self._process.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(f"{self.path} is in use by another run: wait for it, or stop it") from None
+        try:
+            self._base = sqlite3.connect(self.path, timeout=60, check_same_thread=False, isolation_level=None)
+            self._base.execute("PRAGMA journal_mode=WAL")
+            self._base.execute("PRAGMA synchronous=FULL")
+            self._base.execute(
+                "CREATE TABLE IF NOT EXISTS done (step TEXT, key TEXT, result TEXT NOT NULL, PRIMARY KEY (step, key))"
+            )
+        except sqlite3.DatabaseError as error:
+            self._process.release()
+            raise ValueError(f"{self.path} is not a state of this pipeline ({error}): move it aside") from None
+
+    def get(self, step: str, key: str) -> Any | None:
+        """The result of this work; None where it has not been done."""
+        with self._lock:
+            row = self._base.execute("SELECT result FROM done WHERE step = ? AND key = ?", (step, key)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def put(self, step: str, key: str, result: Any) -> None:
+        """Keeps the result (JSON, not None) of this work; on disk when it returns."""
+        data = json.dumps(result, ensure_ascii=False)
+        with self._lock:
+            self._base.execute("INSERT OR REPLACE INTO done VALUES (?, ?, ?)", (step, key, data))
+
+    def close(self) -> None:
+        """Lets other processes in."""
+        with self._lock:
+            self._base.close()
+        self._process.release()
+
+    def __enter__(self) -> "State":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,188 @@
+"""Worker processes that convert files: a file that hangs or kills its worker costs that file, never the run.
+
+Contract: `Workers.run` gives what `convert.convert` gives for a file, or raises `Skip` with the reason, within its
+time. A worker is a Python process of its own that reads one JSON line for each file and answers with one. Started as
+`python -m openrlhf.pipeline.worker` by `Workers` only. Knows nothing about state or output.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from openrlhf.pipeline.convert import Skip, convert
+
+_START = 600  # seconds for the imports of a worker, on a very busy machine
+
+
+class Died(Skip):
+    """The worker did not come back from this file: it took too long, or it was ended."""
+
+
+class Workers:
+    """Workers for several threads, started as they are needed and used again.
+
+    Args:
+        tokenizer: name or directory of the model's tokenizer.
+        threads: for the computations of one worker.
+        offline: nothing is to be fetched from the Hub.
+    """
+
+    def __init__(self, tokenizer: str, threads: int = 1, offline: bool = True):
+        self._tokenizer = tokenizer
+        self._variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if offline:
+            self._variables |= {"HF_HUB_OFFLINE": "1"}
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+
+    def run(self, path: Path, sha256: str, kind: str, options: dict, pictures: dict[str, str], seconds: float) -> dict:
+        """See `convert.convert`.
+
+        Raises:
+            Skip: the file cannot be used. Died: it took longer than `seconds`, or ended its worker.
+            RuntimeError: workers cannot be started.
+        """
+        try:
+            worker = self._idle.get_nowait()
+        except queue.Empty:
+            worker = _Worker(self._tokenizer, self._variables)
+        request = {"path": str(path), "sha256": sha256, "kind": kind, "options": options, "pictures": pictures}
+        try:
+            answer = worker.ask(request, seconds)
+        except BaseException:
+            worker.end()
+            raise
+        self._idle.put(worker)
+        if "skip" in answer:
+            raise Skip(answer["skip"])
+        return answer["result"]
+
+    def close(self) -> None:
+        """Ends the workers that are idle."""
+        while True:
+            try:
+                self._idle.get_nowait().end()
+            except queue.Empty:
+                return
+
+
+class _Worker:
+    """One process."""
+
+    def __init__(self, tokenizer: str, variables: dict[str, str]):
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, tokenizer],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **variables, "PYTHONPATH": path},
+            start_new_session=True,  # ended as a group; an interrupt from the keyboard is the driver's
+        )
+        try:
+            self._read(_START)
+        except Died as error:
+            self._errors.seek(max(0, self._errors.tell() - 2000))
+            said = self._errors.read().decode(errors="replace").strip().splitlines()
+            self.end()
+            raise RuntimeError(f"a worker cannot start ({error}): {said[-1] if said else 'it says nothing'}") from None
+
+    def ask(self, request: dict, seconds: float) -> dict:
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")  # type: ignore[union-attr]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+        except BrokenPipeError:
+            pass  # what it died of is told below
+        return self._read(seconds)
+
+    def _read(self, seconds: float) -> dict:
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            self._kill()
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()  # type: ignore[union-attr]
+        finally:
+            timer.cancel()
+        if line.endswith(b"\n"):
+            return json.loads(line)
+        if late.is_set():
+            raise Died(f"took longer than --file_timeout {seconds:g} s")
+        code = self._process.wait()
+        name = signal.Signals(-code).name if code < 0 else f"status {code}"
+        more = ": most likely memory ran out" if name == "SIGKILL" else ""
+        raise Died(f"ended the process that read it ({name}{more})")
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        self._kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with contextlib.suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+
+
+def _serve(tokenizer_name: str) -> None:
+    """Answers until the other side is gone."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # libraries may print
+    with contextlib.suppress(OSError):  # where memory runs out, this process is the one to go
+        Path("/proc/self/oom_score_adj").write_text("900")
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    import docling.datamodel.document  # noqa: F401 - a broken installation shows here, not with a file
+
+    tokenizer.model_max_length = sys.maxsize  # no warning where a text is longer: it is going to be cut
+
+    def answer(value: dict) -> None:
+        answers.write(json.dumps(value).encode() + b"\n")
+        answers.flush()
+
+    answer({"ready": True})
+    for line in sys.stdin.buffer:
+        answer(_answer(json.loads(line), tokenizer))
+
+
+def _answer(request: dict, tokenizer: Any) -> dict:
+    try:
+        data = Path(request["path"]).read_bytes()
+        if hashlib.sha256(data).hexdigest() != request["sha256"]:
+            raise Skip("changed while it was being read")
+        return {"result": convert(data, request["kind"], request["options"], tokenizer, request["pictures"])}
+    except Skip as error:
+        return {"skip": str(error)}
+    except MemoryError:
+        return {"skip": "needs more memory than there is"}
+    except Exception as error:  # whatever a damaged file makes of a parser
+        return {"skip": f"cannot be converted: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
