@@ -9,7 +9,7 @@ setup(
     description="CLaRa: retrieval-augmented generation in which a language model reads compressed documents",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    package_data={"evaluation": ["*.csv", "*.css", "*.js"]},
+    package_data={"evaluation": ["*.csv", "*.css", "*.js"], "openrlhf": ["serving/page/*"]},
     packages=find_packages(include=["openrlhf", "openrlhf.*", "evaluation", "evaluation.*"]),
     install_requires=[
         "torch>=2.6",
@@ -34,12 +34,13 @@ setup(
             "gguf>=0.17",
         ],
         "search": ["bm25s", "faiss-cpu"],
-        "serve": ["fastapi>=0.110", "uvicorn>=0.29", "httpx"],
+        "serve": ["fastapi>=0.110", "uvicorn>=0.29", "python-multipart>=0.0.9", "bm25s", "httpx"],
         "langchain": ["langchain-core>=0.3", "bm25s"],
         "llamaindex": ["llama-index-core>=0.12", "bm25s"],
         "test": [
             *("pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn", "faiss-cpu"),
             *("langchain-core>=0.3", "llama-index-core>=0.12", "fastapi>=0.110", "uvicorn>=0.29", "httpx"),
+            *("python-multipart>=0.0.9", "openai>=3.0"),
         ],
     },
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common import RESULTS, table
 
-ORDER = ("compress", "stage1_step", "stage2_step", "memory", "first_token", "decode", "scaling", "search")
+ORDER = ("compress", "stage1_step", "stage2_step", "memory", "first_token", "decode", "scaling", "search", "serve")
 
 
 def section(name: str, results: list[dict]) -> str:

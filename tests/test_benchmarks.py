@@ -70,7 +70,7 @@ def test_the_summary_shows_what_was_measured_and_says_what_was_not(run, data, tm
     )
     page = importlib.import_module("summary").page(tmp_path)
     assert "| 1 × 32 " in page and "first_token.py" in page
-    assert page.count("On a GPU: not measured.") == 8
+    assert page.count("On a GPU: not measured.") == 9
 
 
 def test_compress_times_nothing_when_the_ways_differ(run, data, monkeypatch):
@@ -108,6 +108,12 @@ def test_decode(run, data):
     flags = ["--data", str(data / "end_to_end_data.jsonl"), "--batches", "1", "3", "--new_tokens", "5"]
     found = run("decode", *flags)
     assert [case["equal"][0] for case in found["cases"]] == [1, 3]
+
+
+def test_serve(run, data):
+    flags = ["--data", str(data / "end_to_end_data.jsonl"), "--batches", "4", "--requests", "6", "--new_tokens", "8"]
+    found = run("serve", *flags)
+    assert found["equal"] == {"1": 6, "4": 6} and set(found["ratio"]) == {"1", "4"} and found["tokens"] > 6
 
 
 @pytest.mark.parametrize("way", ["ours", "public way"])

@@ -43,7 +43,7 @@ VLLM = (
     "--max-lora-rank",
 )
 VLLM += ("--host", "--port", "--gpu-memory-utilization", "--max-model-len", "--max-num-seqs")
-OTHERS = {"pip": ("-r", "-e", "--no-deps"), "conda": ("-n",), "curl": ("-s", "-d"), "vllm": VLLM}
+OTHERS = {"pip": ("-r", "-e", "--no-deps"), "conda": ("-n",), "curl": ("-s", "-d", "-F", "-X"), "vllm": VLLM}
 
 
 def read(page: str) -> str:

@@ -8,7 +8,6 @@ requests that are running come to their end.
 
 import argparse
 import importlib.util
-import ipaddress
 import logging
 import os
 import signal
@@ -69,31 +68,9 @@ def check(args: argparse.Namespace) -> socket.socket:
             torch.empty(1, device=args.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
+    from openrlhf.utils.http import bind
+
     return bind(args.host, args.port)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet, so that connections are refused rather than left waiting while a model loads.
-
-    Raises:
-        OSError: in words.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-        return bound
-    except OSError as error:
-        raise OSError(f"cannot listen at --host {host} --port {port} ({error}): give another address or port") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def load(args: argparse.Namespace):
@@ -131,6 +108,7 @@ def serve(args: argparse.Namespace, bound: socket.socket) -> None:
     import uvicorn
 
     from openrlhf.retrieval.service import Searcher, create_app
+    from openrlhf.utils.http import is_loopback
     from openrlhf.utils.logging import set_up_logging
 
     set_up_logging(0)

@@ -33,6 +33,31 @@ def inference(method: Callable) -> Callable:
     return run
 
 
+class TextPieces:
+    """The text of tokens as they come, in pieces of whole characters, without white space around it all."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer, self._tokens, self._sent = tokenizer, list[int](), ""
+
+    def add(self, tokens: list[int]) -> str:
+        """The piece that is certain now, often none: a character may be several tokens, and white space may be the
+        last."""
+        self._tokens += tokens
+        ready = self._text().lstrip().rstrip("\ufffd").rstrip()
+        if not ready.startswith(self._sent):
+            return ""
+        piece, self._sent = ready[len(self._sent) :], ready
+        return piece
+
+    def rest(self) -> str:
+        """The last piece, once there are no more tokens."""
+        piece, self._sent = self._text().strip()[len(self._sent) :], self._text().strip()
+        return piece
+
+    def _text(self) -> str:
+        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+
 class Answering:
     """The generating half of `CLaRa`."""
 
@@ -210,8 +235,7 @@ class Answering:
         if docs_KLD is None:
             docs_KLD = torch.empty(0, self.config.n_memory_tokens, self.decoder.config.hidden_size)
         cache, stop_ids = new_cache(self.decoder.config), self._stop_ids()
-        tokens: list[int] = []
-        sent = ""
+        text = TextPieces(self.tokens.tokenizer)
         with torch.no_grad():
             counts = torch.tensor([len(docs_KLD)])
             embeds_1TD = self.place(ids.to(self.device), docs_KLD.to(self.device), counts)
@@ -223,16 +247,10 @@ class Answering:
                 step = next(made, None)
             if step is None:
                 break
-            tokens += [token for _, token in step]
-            text = str(self.tokens.tokenizer.decode(tokens, skip_special_tokens=True)).lstrip()
-            # What may still change is held back: a character of several tokens, and white space that may end it all.
-            ready = text.rstrip("\ufffd").rstrip()
-            if len(ready) > len(sent) and ready.startswith(sent):
-                yield ready[len(sent) :]
-                sent = ready
-        rest = str(self.tokens.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        if len(rest) > len(sent):
-            yield rest[len(sent) :]
+            if piece := text.add([token for _, token in step]):
+                yield piece
+        if piece := text.rest():
+            yield piece
 
     def _check_positions(self, prompts: list[Prompt], max_new_tokens: int) -> None:
         """Raises ValueError when a prompt with its new tokens is longer than the base model's positions."""

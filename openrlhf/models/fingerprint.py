@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .adapters import ENCODER, adapter_state
+from .adapters import ENCODER, adapter_state, read_adapter
 
 # Facts of a base model's config that change what it computes.
 _ARCHITECTURE = (
@@ -46,6 +47,14 @@ def fingerprint(model: Any) -> dict:
         "n_memory": config.n_memory_tokens,
         "width": model.decoder.config.hidden_size,
     }
+
+
+def of_files(checkpoint: Path, config: Any) -> dict:
+    """What a checkpoint's files alone tell of its fingerprint; less for one of the public format."""
+    known = {name: getattr(config, name) for name in ("quantization", "doc_max_length", "compr_rate")}
+    if (checkpoint / ENCODER).is_dir():
+        known["compressor"] = _hash_tensors(read_adapter(checkpoint / ENCODER, config.lora_r))
+    return known
 
 
 def _hash_base(model: Any) -> str:

@@ -2,16 +2,16 @@
 
 Differs from transformers' `generate` where that costs time: the start that all prompts share goes through the model
 once, keys and values are written into room kept for them instead of being copied for every token, and rows that have
-ended leave the batch.
+ended leave the batch. For a server, rows of several caches can become one batch (`merge_rows`).
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 64
 """Tokens that a cache grows by."""
@@ -79,6 +79,57 @@ def repeat_cache(cache: DynamicCache, batch: int) -> DynamicCache:
     return repeated
 
 
+def mergeable(cache: DynamicCache) -> bool:
+    """Whether `merge_rows` knows all kinds of layers of a cache."""
+    return all(type(layer) in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def merge_rows(parts: Sequence[tuple[DynamicCache, Sequence[int]]], lengths_B: Sequence[int]) -> DynamicCache:
+    """One cache of rows of several, whose tokens all end in its last column; the caches stay as they are.
+
+    Keys carry their positions in themselves, so that a row may stand in other columns than those it was read in: what
+    is left of its own tokens is padding, for the mask to hide. Of a sliding window the last columns are kept, which are
+    each row's last tokens.
+
+    Args:
+        parts: caches, and which rows of each; each row's tokens are the last columns of its cache.
+        lengths_B: tokens of each of these rows, in their order.
+    """
+    merged = copy.copy(parts[0][0])
+    layers = zip(*(cache.layers for cache, _ in parts), strict=True)
+    merged.layers = [
+        _merged([*zip(column, (rows for _, rows in parts), strict=True)], max(lengths_B)) for column in layers
+    ]
+    return merged
+
+
+def _merged(parts: list[tuple[Any, Sequence[int]]], columns: int) -> Any:
+    layer = copy.copy(parts[0][0])
+    if not layer.is_initialized:  # it reads the keys of another
+        return layer
+    sliding = isinstance(layer, DynamicSlidingWindowLayer)
+    width = min(columns, layer.sliding_window - 1) if sliding else columns
+    buffers = []
+    for name in ("keys", "values"):
+        states = [getattr(source, name) for source, _ in parts]
+        _, heads, _, size = states[0].shape
+        # Zeros: what a mask hides is still multiplied by 0, and must be a number.
+        buffer = states[0].new_zeros(sum(len(rows) for _, rows in parts), heads, width + (0 if sliding else ROOM), size)
+        first = 0
+        for one, (_, rows) in zip(states, parts, strict=True):
+            taken = min(width, one.shape[-2])
+            chosen = one[:, :, one.shape[-2] - taken :]
+            buffer[first : first + len(rows), :, width - taken : width] = chosen[list(rows)]
+            first += len(rows)
+        buffers.append(buffer)
+    layer.keys, layer.values = (buffer[:, :, :width] for buffer in buffers)
+    if sliding:
+        layer.cumulative_length = columns
+    else:
+        layer._room = (buffers[0], buffers[1])
+    return layer
+
+
 Choose = Callable[[torch.Tensor], torch.Tensor]
 """Logits `[B, V]` of a step → the token of each row `[B]`."""
 
@@ -100,15 +151,28 @@ def sampler(temperature: float, seed: int) -> Choose:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     if temperature == 0:
         return most_likely
-    generator = torch.Generator().manual_seed(seed)
+    draws = numbers(seed)
 
     def choose(logits_BV: torch.Tensor) -> torch.Tensor:
-        below_BV = torch.softmax(logits_BV.double() / temperature, -1).cumsum(-1)
-        # In units of each row's own sum, which rounding keeps from 1.
-        drawn_B1 = torch.rand((), generator=generator, dtype=torch.float64).to(below_BV.device) * below_BV[:, -1:]
-        return torch.searchsorted(below_BV, drawn_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
+        return drawn(logits_BV, torch.full((1,), temperature, dtype=torch.float64), torch.stack([next(draws)]))
 
     return choose
+
+
+def numbers(seed: int) -> Iterator[torch.Tensor]:
+    """What is drawn for one step after another: float64 scalars, uniform in [0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.rand((), generator=generator, dtype=torch.float64)
+
+
+def drawn(logits_BV: torch.Tensor, temperature_B: torch.Tensor, number_B: torch.Tensor) -> torch.Tensor:
+    """The tokens `[B]` that numbers in [0, 1) fall on in softmax(logits / temperature); either may be one for all."""
+    temperature_B1, number_B1 = (given.to(logits_BV.device).unsqueeze(1) for given in (temperature_B, number_B))
+    below_BV = torch.softmax(logits_BV.double() / temperature_B1, -1).cumsum(-1)
+    # In units of each row's own sum, which rounding keeps from 1.
+    searched_B1 = (number_B1 * below_BV[:, -1:]).contiguous()
+    return torch.searchsorted(below_BV, searched_B1, right=True).squeeze(1).clamp(max=logits_BV.shape[-1] - 1)
 
 
 def steps(

@@ -77,7 +77,7 @@ class ClaraTokens:
         if not texts:  # the tokenizer cannot
             return []
         anchored = [_ANCHOR + text.replace(_ANCHOR, "") for text in texts]
-        rows = self._plain(anchored, add_special_tokens=False, split_special_tokens=True).input_ids
+        rows = self._plain(anchored, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
         assert all(row[0] == self._anchor_id for row in rows), "the anchor must stay one token"
         return [row[1:] for row in rows]
 

@@ -188,15 +188,26 @@ class RAGMaster:
         return pieces, prepared.citations
 
     def prepare(
-        self, questions: Sequence[str], documents: Documents, histories: Sequence[History] | None = None
+        self,
+        questions: Sequence[str],
+        documents: Documents,
+        histories: Sequence[History] | None = None,
+        instructions: str = "",
     ) -> list[Prepared]:
-        """Everything before the first token: candidates, selection, prompt or refusal."""
+        """Everything before the first token: candidates, selection, prompt or refusal.
+
+        Args:
+            instructions: how to answer, in words that the generator reads with the question; nothing is searched by
+                them.
+        """
         if isinstance(questions, str) or not all(isinstance(q, str) and q.strip() for q in questions):
             raise ValueError("questions must be texts that say something")
         histories = histories or [()] * len(questions)
         with self._lock:
             corpus = self._corpus(documents)
-            return [self._prepare(q, corpus, history) for q, history in zip(questions, histories, strict=True)]
+            return [
+                self._prepare(q, corpus, history, instructions) for q, history in zip(questions, histories, strict=True)
+            ]
 
     def retrieve(self, question: str, documents: Documents, history: History = ()) -> list[Citation]:
         """What `query` would answer from, best first, without answering: citations whose passage is the whole text.
@@ -264,8 +275,8 @@ class RAGMaster:
         why = f"the closest scores {best[0][0]:.2f}, below {bar:g}" if best else "there are none"
         return [one for one in best if one[0] >= bar], why
 
-    def _prepare(self, question: str, corpus: _Corpus, history: History) -> Prepared:
-        asked = _with_history(question, history)
+    def _prepare(self, question: str, corpus: _Corpus, history: History, instructions: str) -> Prepared:
+        asked = _with_history(question, history, instructions)
         found, why = self._find(_searched(question, history), corpus)
         if not found:
             return self._without(asked, why)
@@ -342,12 +353,15 @@ def _document(number: int, item: str | dict | Document) -> Document:
     return Document(str(given.get("id", number)), given["text"], given.get("title") or "", given.get("page"), metadata)
 
 
-def _with_history(question: str, history: History) -> str:
-    """The question with the turns before it, as the generator reads it."""
-    if not history:
-        return question
-    turns = "\n".join(f"Question: {asked}\nAnswer: {answered}" for asked, answered in history)
-    return f"{question}\n\nEarlier in this conversation:\n{turns}"
+def _with_history(question: str, history: History, instructions: str = "") -> str:
+    """The question as the generator reads it: with how to answer, and the turns before it."""
+    parts = [question]
+    if instructions:
+        parts.append(f"Instructions for the answer:\n{instructions}")
+    if history:
+        turns = "\n".join(f"Question: {asked}\nAnswer: {answered}" for asked, answered in history)
+        parts.append(f"Earlier in this conversation:\n{turns}")
+    return "\n\n".join(parts)
 
 
 def _searched(question: str, history: History) -> str:

@@ -117,20 +117,56 @@ def _portion(store: Store, tokens: ClaraTokens, chunk: list[Document], position:
     return Portion(changed, keys, missing, position)
 
 
-def add_documents(store: Store, model: CLaRa, documents: Sequence[Document]) -> Counts:
-    """Compresses those of a few documents that the store does not hold as they are, and adds them in one commit."""
+def add_documents(
+    store: Store,
+    model: CLaRa,
+    documents: Sequence[Document],
+    without: Sequence[str] = (),
+    go_on: Callable[[], None] = lambda: None,
+) -> Counts:
+    """Compresses those of some documents that the store does not hold as they are, and adds them in one commit.
+
+    Args:
+        without: ids of documents that go in the same commit.
+        go_on: called between batches; may raise, and then nothing is added.
+    """
     counts = Counts()
     portion = _portion(store, model.tokens, list(documents), 0, counts)
-    if portion.documents:
-        _commit(store, portion, _cpu(model.compress_rows(list(portion.missing.values()))), counts)
+    rows = sorted(portion.missing.items(), key=lambda item: len(item[1]))
+    done: list[Compressed] = []
+    for start in range(0, len(rows), model.inference_batch):
+        go_on()
+        done.append(_cpu(model.compress_rows([row for _, row in rows[start : start + model.inference_batch]])))
+    go_on()
+    if portion.documents or without:
+        portion.missing = dict(rows)
+        together = tuple(torch.cat(column) for column in zip(*done, strict=True)) if done else (torch.empty(0),) * 2
+        _commit(store, portion, together, counts, without)  # type: ignore[arg-type]
     return counts
 
 
-def _commit(store: Store, portion: Portion, compressed: Compressed, counts: Counts) -> None:
+def _commit(
+    store: Store, portion: Portion, compressed: Compressed, counts: Counts, without: Sequence[str] = ()
+) -> None:
     docs_NLD, mse_N = compressed
     vectors = dict(zip(portion.missing, docs_NLD, strict=True))
-    store.add(portion.documents, portion.keys, vectors, dict(zip(portion.missing, mse_N.tolist(), strict=True)))
+    mse = dict(zip(portion.missing, mse_N.tolist(), strict=True))
+    store.add(portion.documents, portion.keys, vectors, mse, without)
     counts.compressed += len(vectors)
+
+
+def add_corpus(store: Store, model: CLaRa, corpus: Corpus) -> Counts:
+    """Makes a store hold what a corpus holds, beside what it holds already; in portions, each one commit, with a
+    progress bar.
+
+    Raises:
+        OSError: the disk is full; RecordError: see `Corpus.documents`.
+    """
+    counts, state = Counts(), PartialState(cpu=not torch.cuda.is_available())
+    total = corpus.check()
+    work = portions(store, model.tokens, corpus, model.inference_batch * BATCHES, counts)
+    fill(store, in_processes(model, state, work), counts, total, corpus)
+    return counts
 
 
 def update_store(path: str | Path, model: CLaRa, corpus: Corpus) -> Counts:
@@ -139,17 +175,8 @@ def update_store(path: str | Path, model: CLaRa, corpus: Corpus) -> Counts:
     Raises:
         ValueError, OSError: see `open_store`; RecordError: see `Corpus.documents`.
     """
-    counts, state = Counts(), PartialState(cpu=not torch.cuda.is_available())
-    total = corpus.check()
     with open_store(path, model) as store:
-        size = model.inference_batch * BATCHES
-        fill(
-            store,
-            in_processes(model, state, portions(store, model.tokens, corpus, size, counts)),
-            counts,
-            total,
-            corpus,
-        )
+        counts = add_corpus(store, model, corpus)
         stream = corpus.documents(model.config.doc_max_length, lambda text: len(model.tokens.plain_ids([text])[0]))
         there = {document.id for document in stream}
         store.delete([document.id for document, _ in store.texts() if document.id not in there])

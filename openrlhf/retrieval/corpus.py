@@ -16,6 +16,8 @@ from openrlhf.utils.passages import passages
 
 TEXT_FIELDS = ("text", "contents", "content")
 SUFFIXES = (".txt", ".md")
+PASSAGE_OF = "passage_of"
+"""Of a passage's metadata: the id of the document that it was cut from."""
 
 
 class Corpus:
@@ -67,11 +69,7 @@ class Corpus:
             RecordError: see `check`.
         """
         for document in self._documents():
-            parts = passages(document.text, limit, count) if self.path.is_dir() else [document.text]
-            if len(parts) == 1:
-                yield document
-            else:
-                yield from (Document(f"{document.id}#{n}", part) for n, part in enumerate(parts, 1))
+            yield from cut(document, limit, count) if self.path.is_dir() else [document]
 
     def _documents(self) -> Iterator[Document]:
         self._restart()
@@ -128,10 +126,15 @@ def parse_line(line: bytes, encoding: str = "utf-8") -> Document | None:
         raise RecordError(f"not JSON: {error.msg} at column {error.colno}") from None
     except (RecursionError, ValueError) as error:  # thousands of brackets or digits
         raise RecordError(f"not JSON that can be read: {error}") from None
-    return None if not text.strip() else _document(record)
+    return None if not text.strip() else parse_record(record)
 
 
-def _document(record: object) -> Document:
+def parse_record(record: object) -> Document:
+    """The document of a JSON object as in a JSONL corpus; one without an id is named after its content.
+
+    Raises:
+        RecordError: with the reason why it cannot be used.
+    """
     if not isinstance(record, dict):
         raise RecordError(f"a line must be a JSON object, got {_shown(record)}")
     rest = dict(record)
@@ -154,6 +157,19 @@ def _document(record: object) -> Document:
     except UnicodeEncodeError:
         raise RecordError("contains half a surrogate pair, which is no text") from None
     return Document(str(name), text, title, page, rest)
+
+
+def cut(document: Document, limit: int, count: Callable[[str], int]) -> list[Document]:
+    """A document as it is or, where it has more than `limit` tokens with its title, as passages `id#1`, `id#2` …, each
+    with the title; their metadata says which document they are of."""
+    title = min(count(f"{document.title}\n"), limit // 2) if document.title else 0
+    parts = passages(document.text, limit - title, count)
+    if len(parts) == 1:
+        return [document]
+    metadata = {**document.metadata, PASSAGE_OF: document.id}
+    return [
+        Document(f"{document.id}#{n}", part, document.title, document.page, metadata) for n, part in enumerate(parts, 1)
+    ]
 
 
 def _shown(value: object) -> str:

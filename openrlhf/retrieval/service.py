@@ -21,12 +21,10 @@ Shape suffixes: B queries, K documents of a query, U distinct rows, L memory tok
 import base64
 import binascii
 import hashlib
-import hmac
 import json
 import logging
 import threading
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import anyio
@@ -34,10 +32,10 @@ import torch
 from fastapi import FastAPI, HTTPException, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException as AnyHTTPException
-from starlette.requests import ClientDisconnect
 
 from openrlhf.retrieval.search import check_queries, exact_search
 from openrlhf.retrieval.store import Store
+from openrlhf.utils.http import COUNTER, GAUGE, SECONDS, Metrics, check_key, read_body, said
 
 if TYPE_CHECKING:  # a service without a model starts without loading transformers' models
     from openrlhf.models.modeling_clara import CLaRa
@@ -56,7 +54,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SEARCHES = 2
 # Rows that were found may be deleted or moved before they are read.
 ATTEMPTS = 3
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+METRICS = {
+    "clara_requests_total": (COUNTER, "Requests to /queries by status."),
+    "clara_errors_total": (COUNTER, "Requests to /queries that were refused or failed."),
+    "clara_queries_total": (COUNTER, "Queries that were answered."),
+    "clara_request_seconds": (SECONDS, "Seconds from a request to its answer."),
+    "clara_documents": (GAUGE, "Documents in the store."),
+}
 # Of a store's header, what says nothing about the model that made its vectors.
 _NOT_OF_THE_MODEL = ("format", "rows_per_shard", "base_model", "dtype")
 
@@ -71,53 +75,6 @@ class Asked(BaseModel):
     k: int = Field(ge=1)
     encoding: Literal["json", "base64"] = "json"
     dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class Metrics:
-    """Counts of this process, for any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._requests: Counter[int] = Counter()
-        self._queries = 0
-        self._seconds, self._within = 0.0, [0] * len(BUCKETS)
-
-    def add(self, status: int, queries: int, seconds: float) -> None:
-        """Counts one request to /queries."""
-        with self._lock:
-            self._requests[status] += 1
-            self._queries += queries
-            self._seconds += seconds
-            self._within = [n + (seconds <= bucket) for n, bucket in zip(self._within, BUCKETS, strict=True)]
-
-    def text(self, documents: int) -> str:
-        """In Prometheus' text format."""
-        with self._lock:
-            by_status, queries = sorted(self._requests.items()), self._queries
-            seconds, within = self._seconds, list(self._within)
-        total = sum(n for _, n in by_status)
-        errors = sum(n for status, n in by_status if status >= 400)
-        buckets = [*zip(map(str, BUCKETS), within, strict=True), ("+Inf", total)]
-        lines = [
-            "# HELP clara_requests_total Requests to /queries by status.",
-            "# TYPE clara_requests_total counter",
-            *(f'clara_requests_total{{status="{status}"}} {n}' for status, n in by_status),
-            "# HELP clara_errors_total Requests to /queries that were refused or failed.",
-            "# TYPE clara_errors_total counter",
-            f"clara_errors_total {errors}",
-            "# HELP clara_queries_total Queries that were answered.",
-            "# TYPE clara_queries_total counter",
-            f"clara_queries_total {queries}",
-            "# HELP clara_request_seconds Seconds from a request to its answer.",
-            "# TYPE clara_request_seconds histogram",
-            *(f'clara_request_seconds_bucket{{le="{bucket}"}} {n}' for bucket, n in buckets),
-            f"clara_request_seconds_sum {seconds:.6f}",
-            f"clara_request_seconds_count {total}",
-            "# HELP clara_documents Documents in the store.",
-            "# TYPE clara_documents gauge",
-            f"clara_documents {documents}",
-        ]
-        return "\n".join(lines) + "\n"
 
 
 class Searcher:
@@ -290,7 +247,7 @@ def create_app(searcher: Searcher, api_key: str | None = None) -> FastAPI:
         api_key: what `Authorization: Bearer …` must carry, but for /health; None takes requests without.
     """
     app = FastAPI(title="CLaRa retrieval", docs_url=None, redoc_url=None)
-    metrics = Metrics()
+    metrics = Metrics(METRICS)
     searches = anyio.CapacityLimiter(SEARCHES)
     body = {"requestBody": {"required": True, "content": {"application/json": {"schema": Asked.model_json_schema()}}}}
 
@@ -311,7 +268,7 @@ def create_app(searcher: Searcher, api_key: str | None = None) -> FastAPI:
     @app.get("/metrics")
     def show_metrics(request: Request) -> Response:
         check_key(request, api_key)
-        return Response(metrics.text(len(searcher.store)), media_type="text/plain; version=0.0.4")
+        return Response(metrics.text(clara_documents=len(searcher.store)), media_type="text/plain; version=0.0.4")
 
     @app.post("/queries", openapi_extra=body)
     async def queries(request: Request) -> Response:
@@ -326,41 +283,9 @@ def create_app(searcher: Searcher, api_key: str | None = None) -> FastAPI:
             status = error.status_code
             raise
         finally:
-            metrics.add(status, number, time.monotonic() - began)
+            metrics.add("clara_requests_total", status=status)
+            metrics.add("clara_errors_total", status >= 400)
+            metrics.add("clara_queries_total", number)
+            metrics.observe("clara_request_seconds", time.monotonic() - began)
 
     return app
-
-
-def said(what: dict, status: int = 200, headers: Any = None) -> Response:
-    """A JSON answer."""
-    return Response(json.dumps(what), status, headers, "application/json")
-
-
-def check_key(request: Request, api_key: str | None) -> None:
-    """Raises HTTPException 401 unless the request carries the key."""
-    given = request.headers.get("authorization", "").encode("latin-1")
-    if api_key is not None and not hmac.compare_digest(given, f"Bearer {api_key}".encode()):
-        raise HTTPException(
-            401, "this service needs its key: send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"}
-        )
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body of a request, never holding more than `limit` bytes of it.
-
-    Raises:
-        HTTPException: 413 where it is longer, as soon as that is known.
-    """
-    too_long = HTTPException(413, f"the body has more than {limit:,} bytes", {"Connection": "close"})
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > limit:
-        raise too_long
-    read = bytearray()
-    try:
-        async for part in request.stream():
-            if len(read) + len(part) > limit:
-                raise too_long
-            read += part
-    except ClientDisconnect:
-        raise HTTPException(400, "the body ended before its end") from None
-    return bytes(read)

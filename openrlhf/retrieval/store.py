@@ -306,17 +306,31 @@ class Store:
             for *document, row, last in page:  # noqa: B007  the page's last number is where the next one starts
                 yield _document(document), row
 
+    def listed(self, limit: int, after: int = -1) -> list[tuple[int, Document]]:
+        """At most `limit` documents in the order they came, each with its number; those behind number `after`."""
+        query = f"SELECT number, {_DOCUMENT} FROM documents WHERE number>? ORDER BY number LIMIT ?"
+        found = self._sql.execute(query, (after, limit)).fetchall()
+        return [(number, _document(document)) for number, *document in found]
+
+    def named(self, name: str) -> list[Document]:
+        """The documents whose id is `name`, or `name`, `#` and whatever follows."""
+        query = f"SELECT {_DOCUMENT} FROM documents WHERE id=? OR (id>=? AND id<?) ORDER BY number"
+        found = self._sql.execute(query, (name, f"{name}#", f"{name}$")).fetchall()  # $ is the sign behind #
+        return [_document(document) for document in found]
+
     def add(
         self,
         documents: Sequence[Document],
         keys: Sequence[bytes],
         vectors: dict[bytes, torch.Tensor],
         mse: dict[bytes, float] | None = None,
+        without: Sequence[str] = (),
     ) -> None:
         """Adds documents, or puts them in the place of those with the same ids; all of them or, on an error, none.
 
         Args:
             keys: one for each document.
+            without: ids of documents that go in the same commit.
             vectors: `[L, D]` of every key that is not known yet; stored as bfloat16.
             mse: the compression error of keys, where it is known.
 
@@ -340,6 +354,7 @@ class Store:
                     [(row, key, check, (mse or {}).get(key)) for key, (row, check) in zip(new, places, strict=True)],
                 )
                 self._put(documents, keys)
+                self._take_out(without)
                 self._sql.execute("UPDATE state SET next_row=next_row+?", (len(new),))
 
     def _put(self, documents: Sequence[Document], keys: Sequence[bytes]) -> None:
@@ -371,14 +386,17 @@ class Store:
             how many there were; ids that the store does not have are passed over.
         """
         self._check_writable()
-        deleted = 0
         with writing(self.path), self._transaction():
-            for name in ids:
-                found = self._one("SELECT key FROM documents WHERE id=?", name)
-                if found is not None:
-                    self._sql.execute("DELETE FROM documents WHERE id=?", (name,))
-                    self._drop_unused(found[0])
-                    deleted += 1
+            return self._take_out(ids)
+
+    def _take_out(self, ids: Sequence[str]) -> int:
+        deleted = 0
+        for name in ids:
+            found = self._one("SELECT key FROM documents WHERE id=?", name)
+            if found is not None:
+                self._sql.execute("DELETE FROM documents WHERE id=?", (name,))
+                self._drop_unused(found[0])
+                deleted += 1
         return deleted
 
     def rewrite(self, vectors: dict[bytes, torch.Tensor]) -> None:

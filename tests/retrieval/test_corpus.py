@@ -115,9 +115,9 @@ def folder(tmp_path):
 def test_a_folder_is_read_in_order_and_long_files_are_cut(folder):
     assert read(folder) == [
         Document("z.txt", "last of all"),
-        Document("a/long.txt#1", "One two three. Four five."),
-        Document("a/long.txt#2", "Six seven eight nine ten"),
-        Document("a/long.txt#3", "eleven. Twelve."),
+        Document("a/long.txt#1", "One two three. Four five.", metadata={"passage_of": "a/long.txt"}),
+        Document("a/long.txt#2", "Six seven eight nine ten", metadata={"passage_of": "a/long.txt"}),
+        Document("a/long.txt#3", "eleven. Twelve.", metadata={"passage_of": "a/long.txt"}),
         Document("b/deep/one.MD", "# One\n\nshort text"),
     ]
     assert Corpus(folder).check() == 3

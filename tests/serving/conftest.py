@@ -1,11 +1,16 @@
-"""A checkpoint, its export, and what RAGMaster answers with it, for each kind of base model that is asked for."""
+"""A checkpoint, its export, and what RAGMaster answers with it, for each kind of base model that is asked for; and a
+tiny checkpoint for the server, made once."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.rag.config import RAGConfig
 from openrlhf.rag.master import RAGMaster
 from openrlhf.serving.export_vllm import plan, write
+from tests.serving.served import save_checkpoint
 from tests.tiny import DOCS, QUESTIONS, new_model
 
 NEW = 12
@@ -53,3 +58,15 @@ def answers():
         return made[id(model)]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(mistral, tmp_path_factory) -> Path:
+    """A stage-2 checkpoint on disk."""
+    return save_checkpoint(mistral, tmp_path_factory.mktemp("serving") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint) -> CLaRa:
+    """The same, loaded in float32 on the CPU."""
+    return CLaRa.from_pretrained(checkpoint, dtype="float32", device_map="cpu")
