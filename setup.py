@@ -9,7 +9,11 @@ setup(
     description="CLaRa: retrieval-augmented generation in which a language model reads compressed documents",
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
-    package_data={"evaluation": ["*.csv", "*.css", "*.js"], "openrlhf": ["serving/page/*"]},
+    package_data={
+        "evaluation": ["*.csv", "*.css", "*.js"],
+        "openrlhf": ["serving/page/*"],
+        "openrlhf.pipeline": ["*.css"],
+    },
     packages=find_packages(include=["openrlhf", "openrlhf.*", "evaluation", "evaluation.*"]),
     install_requires=[
         "torch>=2.6",
@@ -31,6 +35,8 @@ setup(
         "pipeline": [
             "docling-slim[convert-core,format-pdf,format-office,format-web,feat-chunking,feat-ocr-rapidocr-onnx]>=2.143",
             "openai>=3.0",
+            "bm25s",
+            "filelock",
             "gguf>=0.17",
         ],
         "search": ["bm25s", "faiss-cpu"],

@@ -16,6 +16,7 @@ if [ -f .env ]; then
 fi
 
 GIVEN_MODEL_PATH="${MODEL_PATH:-}"
+GIVEN_DATA_PATH="${DATA_PATH:-}"
 MODEL_PATH="${MODEL_PATH:-.models/SmolLM2-135M-Instruct}"
 DATA_PATH="${DATA_PATH:-./example}"
 CHECKPOINT_ROOT="${CHECKPOINT_ROOT:-./checkpoints}"

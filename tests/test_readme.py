@@ -89,7 +89,8 @@ def known_flags(command: str) -> set[str]:
 
 
 def option_strings_of(script: str) -> set[str]:
-    own = option_strings(ROOT / script) if script.endswith(".py") else set()
+    cases = set(re.findall(r"^ *(--[a-z_]+)\)", read(script), re.MULTILINE))
+    own = option_strings(ROOT / script) if script.endswith(".py") else cases
     return own | option_strings(ROOT / "benchmarks/common.py") if script.startswith("benchmarks/") else own
 
 
@@ -238,7 +239,25 @@ def test_variables_of_the_scripts_have_the_defaults_of_the_readme():
             assert found or any(f"${{{name}:-" in read(f"scripts/{s.name}") for s in ROOT.glob("scripts/train_*.sh")), (
                 name
             )
-    assert set(re.findall(r'^([A-Z_]+)="\$\{', common, re.MULTILINE)) - {"GIVEN_MODEL_PATH"} <= set(rows)
+    assert set(re.findall(r'^([A-Z_]+)="\$\{', common, re.MULTILINE)) - {"GIVEN_MODEL_PATH", "GIVEN_DATA_PATH"} <= set(
+        rows
+    )
+
+
+def test_data_guide_lists_every_variable_of_the_pipeline_with_its_default():
+    """Also those that the steps themselves read."""
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| ([^|]+?) \|", read(DATA), re.MULTILINE))
+    script = read("scripts/run_data_pipeline.sh")
+    used = set(re.findall(r"\$\{([A-Z_]+):-", script)) - {"GIVEN_DATA_PATH", "FOUND"} | {"MODEL_PATH"}
+    steps = ("extract_with_docling", "extract_images", "synthesize_data", "assemble_data")
+    code = "".join(read(f"scripts/{step}.py") for step in steps) + read("openrlhf/pipeline/endpoint.py")
+    used |= set(re.findall(r'environ(?:\.get\(|\[)"([A-Z_]+)"', code))
+    used |= set(re.findall(r'"(PRICE_[A-Z_]+)"', read("openrlhf/pipeline/replies.py")))
+    assert set(rows) == used
+    for name in ("DOC_MAX_LENGTH", "RAY"):
+        assert f'{name}="${{{name}:-{rows[name].strip("`")}}}"' in script
+    assert "GIVEN_DATA_PATH:-./data" in script and "`./data`" in rows["OUTPUT_DIR"]
+    assert set(re.findall(r"^# ([A-Z_]+)=", read(".env.example"), re.MULTILINE)) >= set(rows)
 
 
 def test_directories_of_the_stages_are_those_of_the_scripts():

@@ -158,8 +158,8 @@ class Rules:
         return {"pairs": [self.joined(found[0], found[-1])] if len(found) > 1 else []}
 
     def multi_hop(self) -> dict[str, Any]:
-        first, second = (sentences(text)[-1] for text in self.passages[:2])
-        return {"pairs": [self.joined(first, second)]}
+        found = [sentences(text) for text in self.passages[:2]]
+        return {"pairs": [self.joined(found[0][-1], found[1][-1])] if all(found) else []}
 
     def reworded(self, text: str) -> str:
         if WIDE.search(text):
