@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf.cli.rag import DEFAULT_MODEL
-from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config
 from openrlhf.models.fingerprint import of_files
 from openrlhf.rag.config import RAGConfig
 from openrlhf.retrieval.corpus import Corpus
 from openrlhf.retrieval.layout import HEADER_FILE, check_header, check_new, read_header
+from openrlhf.utils.checkpoints import inspect_checkpoint
 
 logger = logging.getLogger("openrlhf")
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart", "bm25s": "bm25s"}
@@ -83,12 +83,10 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None, socket.so
         raise ValueError(f"the server needs packages that are not installed: pip install {' '.join(missing)}")
     config = RAGConfig.from_yaml(args.config) if args.config else RAGConfig()
     args.model = args.model or config.compression.model or DEFAULT_MODEL
-    root = find_checkpoint(args.model)
-    ours, saved = read_config(root, None, {"decoder_model_name": args.model_path} if args.model_path else {})
-    find_base(ours.decoder_model_name, root, Path.cwd())
-    if config.compression.enabled and not saved.training_stage.startswith("stage2"):
+    root, ours, _ = inspect_checkpoint(args.model, args.model_path)
+    if config.compression.enabled and not ours.training_stage.startswith("stage2"):
         raise ValueError(
-            f"{root} is a {saved.training_stage} checkpoint: a stage2 checkpoint is needed to choose documents"
+            f"{root} is a {ours.training_stage} checkpoint: a stage2 checkpoint is needed to choose documents"
         )
     if args.store is not None and ((args.store / HEADER_FILE).is_file() or args.read_only):
         check_header(args.store, read_header(args.store), of_files(root, ours))

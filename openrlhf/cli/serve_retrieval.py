@@ -54,11 +54,9 @@ def check(args: argparse.Namespace) -> socket.socket:
         raise ValueError(f"the service needs packages that are not installed: pip install {' '.join(missing)}")
     header = read_header(args.store)
     if args.model is not None:
-        from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config
+        from openrlhf.utils.checkpoints import inspect_checkpoint
 
-        root = find_checkpoint(args.model)
-        config, _ = read_config(root, None, {"decoder_model_name": args.model_path} if args.model_path else {})
-        find_base(config.decoder_model_name, root, Path.cwd())
+        _, config, _ = inspect_checkpoint(args.model, args.model_path)
         sizes = ("doc_max_length", "compr_rate")
         check_header(args.store, header, {name: getattr(config, name) for name in sizes})
     if args.device is not None:

@@ -136,7 +136,7 @@ class Bm25Index:
         return opened
 
     def refresh(self) -> None:
-        """Looks up what was added to the store and deleted from it since the index was built; warns of the former.
+        """Looks up what was added to the store and deleted from it since the index was built; logs the former.
 
         Asks for all rows only where something was committed since the last time.
         """
@@ -146,7 +146,7 @@ class Bm25Index:
         self._live_R = torch.isin(self.rows_R, live, assume_unique=True).numpy()
         self.n_missing = len(live) - int(self._live_R.sum())
         if self.n_missing:
-            logger.warning("BM25 does not know %d of %d rows: build its index again", self.n_missing, len(live))
+            logger.info("BM25 lacks %d of %d rows until its index is built again", self.n_missing, len(live))
         self._changes = changes
 
     def scores(self, question: str) -> torch.Tensor:

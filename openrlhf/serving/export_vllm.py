@@ -399,16 +399,17 @@ The base model with the generator as a LoRA, which is the model named `clara`:
 
 ```bash
 vllm serve {base} --served-model-name clara-base --dtype {dtype} \\
-  --enable-prompt-embeds --enable-lora --lora-modules clara={DECODER} --max-lora-rank {export.max_lora_rank}
+  --enable-prompt-embeds --enable-lora --lora-modules clara={DECODER} --max-lora-rank {export.max_lora_rank} \\
+  --host 127.0.0.1 --port 8001
 ```
 
 Or, where the version of vLLM does not take prompt embeddings and LoRA together, the merged model:
 
 ```bash
-vllm serve {MERGED} --served-model-name clara --dtype {dtype} --enable-prompt-embeds
+vllm serve {MERGED} --served-model-name clara --dtype {dtype} --enable-prompt-embeds --host 127.0.0.1 --port 8001
 ```
 
-Both listen on port 8000. `--host 127.0.0.1` keeps them to this machine; with VLLM_API_KEY set in the environment of
+Both listen to this machine alone, beside the answering server at port 8000. With VLLM_API_KEY set in the environment of
 both sides, requests need the key. Prompt embeddings are tensors that vLLM unpacks: let nobody but the answering server
 reach it.
 """
