@@ -19,7 +19,9 @@ from openrlhf.cli.serve import main
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.retrieval.compress import open_store
 from openrlhf.retrieval.store import Store
+from openrlhf.serving.export_vllm import plan, write
 from tests.serving.served import GIVEN, save_checkpoint, serving, until
+from tests.serving.vllm_stub import VllmStub
 from tests.tiny import DOCS, new_model
 from tests.trainer.launch import ENVIRONMENT
 
@@ -309,3 +311,24 @@ def test_the_store_has_a_place_of_its_own_where_none_is_given(checkpoint, tmp_pa
         upload(running.url, GIVEN[:1])
     with serving(checkpoint, tmp_path / "run", "--documents", notes, **options) as running:
         assert listed(running.url) == ["a.txt", "d0"]
+
+
+def test_a_vllm_server_writes_the_same_answers(checkpoint, tmp_path):
+    write(plan(str(checkpoint), tmp_path / "export", dtype="float32"))
+    stub = VllmStub.of_lora(tmp_path / "export")
+    flags = ("--engine", "vllm", "--vllm_url", stub.url, "--vllm_model", "clara")
+    said, cited = [], []
+    try:
+        for more in ((), flags):
+            with serving(checkpoint, tmp_path / "kept", *more) as server:
+                upload(server.url, GIVEN)
+                whole = httpx.post(f"{server.url}/v1/chat/completions", json=ask(), timeout=120).json()
+                with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+                    stream = client.chat.completions.create(**ask(), stream=True)
+                    pieces = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+                said += [whole["choices"][0]["message"]["content"], pieces]
+                cited.append(whole["citations"])
+    finally:
+        stub.close()
+    assert said[0] and len(set(said)) == 1
+    assert cited[0] and cited[0] == cited[1]
