@@ -243,8 +243,8 @@ class Endpoint:
         except RequestFailed as error:
             with self._lock:
                 self._failed_in_a_row += 1
-                if self._failed_in_a_row >= self.give_up_after:
-                    self._stopped = EndpointError(
+                if self._failed_in_a_row >= self.give_up_after:  # others may be under way: the first one's words stay
+                    self._stopped = self._stopped or EndpointError(
                         f"{self._failed_in_a_row} requests in a row failed at {self.place}, the last one because "
                         f"{error}. What was done is kept: see to the server, then give the same command again"
                     )
