@@ -19,6 +19,7 @@ from openrlhf.cli.compress_corpus import main
 from openrlhf.models.adapters import DECODER, ENCODER, adapter_state
 from openrlhf.models.fingerprint import fingerprint
 from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.retrieval.corpus import PASSAGE_OF
 from openrlhf.retrieval.store import Document, Store
 from tests.tiny import DOCS, QUESTIONS, new_model, shake
 from tests.trainer.launch import ENVIRONMENT, command
@@ -162,7 +163,8 @@ def test_long_texts_are_counted_and_files_are_cut_into_passages(model, checkpoin
     assert [d.id for d in found[:2]] == ["a.txt#1", "a.txt#2"] and found[-1] == Document("b.md", "A violin.")
     assert " ".join(d.text for d in found[:-1]) == long.strip()
     assert max(len(row) for row in model.tokens.encoder_rows([d.text for d in found])) <= 16 + 3
-    check_store(tmp_path / "other", model, [{"id": d.id, "text": d.text} for d in found])
+    cut = [{"id": d.id, "text": d.text, PASSAGE_OF: "a.txt"} for d in found[:-1]]
+    check_store(tmp_path / "other", model, [*cut, {"id": "b.md", "text": "A violin."}])
 
 
 def child(arguments: list[str]) -> None:
