@@ -190,8 +190,8 @@ class Answering:
         if docs is None:
             shape = (0, self.config.n_memory_tokens, self.decoder.config.hidden_size)
             docs = [torch.empty(shape, device=self.device)] * len(prompts)
-        self._check_positions(prompts, max_new_tokens)
-        stop_ids = self._stop_ids()
+        self.check_positions(prompts, max_new_tokens)
+        stop_ids = self.stop_ids()
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
         texts = [""] * len(prompts)
         with self.router.route(adapter):
@@ -230,11 +230,11 @@ class Answering:
         while a piece is made, so that other calls may come between two.
         """
         max_new_tokens = max_new_tokens or self.config.max_new_tokens
-        self._check_positions([prompt], max_new_tokens)
+        self.check_positions([prompt], max_new_tokens)
         ids, mask = self.tokens.pad_left([prompt.ids])
         if docs_KLD is None:
             docs_KLD = torch.empty(0, self.config.n_memory_tokens, self.decoder.config.hidden_size)
-        cache, stop_ids = new_cache(self.decoder.config), self._stop_ids()
+        cache, stop_ids = new_cache(self.decoder.config), self.stop_ids()
         text = TextPieces(self.tokens.tokenizer)
         with torch.no_grad():
             counts = torch.tensor([len(docs_KLD)])
@@ -252,7 +252,7 @@ class Answering:
         if piece := text.rest():
             yield piece
 
-    def _check_positions(self, prompts: list[Prompt], max_new_tokens: int) -> None:
+    def check_positions(self, prompts: list[Prompt], max_new_tokens: int) -> None:
         """Raises ValueError when a prompt with its new tokens is longer than the base model's positions."""
         limit = getattr(self.decoder.config, "max_position_embeddings", None)
         longest = max((len(p.ids) for p in prompts), default=0)
@@ -270,7 +270,7 @@ class Answering:
         memory = set(self.tokens.memory_ids)
         return list(itertools.takewhile(lambda token: token not in memory, shared))
 
-    def _stop_ids(self) -> list[int]:
+    def stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's and the base model's own, and the chat template's end of turn."""
         own = self.decoder.generation_config.eos_token_id
         ids = {self.tokens.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}

@@ -147,7 +147,7 @@ class Endpoint:
         parts = urlsplit(self.url)
         return urlunsplit((parts.scheme, parts.netloc.rsplit("@", 1)[-1], parts.path, "", ""))
 
-    def _client(self) -> Any:
+    def client(self) -> Any:
         with self._lock:
             if self._connection is None:
                 try:
@@ -255,7 +255,7 @@ class Endpoint:
         return reply
 
     def _send(self, messages: list[Message], shape: type[BaseModel], limit: int, retries: int | None = None) -> dict:
-        client = self._client()
+        client = self.client()
         import openai  # after the client, which says what to do where it is missing
 
         client = client if retries is None else client.with_options(max_retries=retries)
@@ -266,7 +266,7 @@ class Endpoint:
             try:
                 return read(client.chat.completions.create(**self._request(messages, shape, limit)), messages)
             except openai.APIError as error:
-                raise self._failure(error) from None
+                raise self.failure(error) from None
             except ValueError as error:
                 reason = str(error)
         raise RequestFailed(f"the server's reply is not one of a chat endpoint: {reason}")
@@ -289,7 +289,7 @@ class Endpoint:
             request["response_format"] = form | ({"schema": schema} if self.mode.endswith("schema") else {})
         return request
 
-    def _failure(self, error: Any) -> EndpointError | RequestFailed:
+    def failure(self, error: Any) -> EndpointError | RequestFailed:
         """What an error of the client means."""
         import openai
 
@@ -325,7 +325,7 @@ class Endpoint:
         import openai
 
         try:
-            listed = self._client().with_options(max_retries=0, timeout=15).models.list()
+            listed = self.client().with_options(max_retries=0, timeout=15).models.list()
             offered = sorted(str(model.id) for model in listed.data)
         except (openai.APIError, ValueError, AttributeError, TypeError):
             return (

@@ -120,12 +120,12 @@ class Describer:
         address = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
         content = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": address}}]
         try:
-            reply = self._endpoint._client().chat.completions.create(
+            reply = self._endpoint.client().chat.completions.create(
                 model=self.model, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=1024
             )
             text = _text_of(reply)
         except openai.APIError as error:
-            failure = self._endpoint._failure(error)
+            failure = self._endpoint.failure(error)
             if isinstance(failure, EndpointError):
                 raise failure from None
             if failure.refused:

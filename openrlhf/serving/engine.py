@@ -149,7 +149,7 @@ class LocalEngine:
 
     def __init__(self, model: CLaRa, max_batch: int = MAX_BATCH):
         self.model, self.max_batch = model, max_batch
-        self._stop_ids = set(model._stop_ids())
+        self._stop_ids = set(model.stop_ids())
         self._waiting: deque[Row] = deque()
         self._batches: list[Batch] = []
         self._changed = threading.Condition()
@@ -175,7 +175,7 @@ class LocalEngine:
             EngineError: the engine is closed.
         """
         assert prepared.prompt is not None
-        self.model._check_positions([prepared.prompt], max_new_tokens)
+        self.model.check_positions([prepared.prompt], max_new_tokens)
         answer = Answer(self, TextPieces(self.model.tokens.tokenizer))
         row = Row(answer, prepared, max_new_tokens, temperature, numbers(seed))
         with self._changed:

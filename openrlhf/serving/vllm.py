@@ -118,7 +118,7 @@ class VllmEngine:
                 "or start vLLM with --lora-modules NAME=…/decoder_adapter, or with --served-model-name"
             )
         self._base_model = parents[self.model]
-        stop = self.clara._stop_ids()[:1]
+        stop = self.clara.stop_ids()[:1]
         self.answer(Prepared(prompt=Prompt(stop * 2, 2)), 1, 0.0, 0)
 
     def _request(self, prepared: Prepared, max_new_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class VllmEngine:
             "max_tokens": max_new_tokens,
             "temperature": temperature,
             "seed": seed,
-            "stop_token_ids": self.clara._stop_ids(),
+            "stop_token_ids": self.clara.stop_ids(),
             "skip_special_tokens": True,
             **_PLAIN_SAMPLING,
         }

@@ -81,7 +81,7 @@ def plain_greedy(base: Path, ids: list[int]) -> list[int]:
 
 def until_stop(model: CLaRa, ids: list[int]) -> str:
     """The text before the first token that ends an answer."""
-    stops = model._stop_ids()
+    stops = model.stop_ids()
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return model.tokens.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()
 

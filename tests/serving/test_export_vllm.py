@@ -75,7 +75,7 @@ def test_the_merged_model_answers_as_ragmaster(exported, answers, name):
         ids = torch.tensor([item.prompt.ids])
         with torch.no_grad():
             embeds_1TD = model.place(ids, item.docs_KLD, torch.tensor([len(item.docs_KLD)]))
-        stops = model._stop_ids()
+        stops = model.stop_ids()
         new = merged.generate(
             inputs_embeds=embeds_1TD,
             attention_mask=torch.ones_like(ids),

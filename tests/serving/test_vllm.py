@@ -90,7 +90,7 @@ def test_what_is_sent_is_the_prompt_with_the_vectors_in_place(ready):
     ours = ids >= model.tokens.first_special_id
     assert torch.equal(sent_TD[~ours], model.decoder.get_input_embeddings().weight[ids[~ours]])
     assert (body["max_tokens"], body["temperature"], body["seed"], body["stream"]) == (3, 0.0, 7, True)
-    assert body["stop_token_ids"] == model._stop_ids() and body["model"] == "clara"
+    assert body["stop_token_ids"] == model.stop_ids() and body["model"] == "clara"
     # Nothing is left to the server's defaults, which are the base model's generation_config.json.
     assert (body["top_p"], body["top_k"], body["min_p"], body["repetition_penalty"]) == (1.0, 0, 0.0, 1.0)
 
@@ -163,7 +163,7 @@ def test_many_requests_at_once_each_get_their_own_answer(ready):
 def endless(ready, monkeypatch):
     """(engine, stub, prepared) of a server that never comes to an end by itself."""
     engine, stub, (item, *_), _ = ready
-    monkeypatch.setattr(engine.clara, "_stop_ids", lambda: [0])
+    monkeypatch.setattr(engine.clara, "stop_ids", lambda: [0])
     return engine, stub, item
 
 
