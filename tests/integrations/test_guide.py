@@ -17,7 +17,7 @@ def test_snippets_run_as_printed(checkpoint, store, tmp_path, monkeypatch, capsy
     (tmp_path / "checkpoints" / "my_stage2").symlink_to(checkpoint)
     (tmp_path / "my_store").symlink_to(store.path)
     monkeypatch.chdir(tmp_path)
-    section = GUIDE.read_text(encoding="utf-8").split("## LangChain and LlamaIndex")[1]
+    section = GUIDE.read_text(encoding="utf-8").split("## LangChain and LlamaIndex")[1].split("\n## ")[0]
     langchain, llamaindex = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     given = {"llm": FakeListChatModel(responses=["An answer."]), "documents": [Document(page_content="A lighthouse.")]}
     exec(compile(langchain, "langchain", "exec"), given)

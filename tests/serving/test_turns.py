@@ -15,6 +15,7 @@ def queue_up(turns: Turns, purposes: list[str]) -> list[str]:
         with turns:
             served.append(purpose)
 
+    PURPOSE.set(QUESTIONS)
     with turns:
         for purpose in purposes:
             threads.append(threading.Thread(target=take, args=(purpose,)))
