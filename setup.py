@@ -44,7 +44,8 @@ setup(
         "langchain": ["langchain-core>=0.3", "bm25s"],
         "llamaindex": ["llama-index-core>=0.12", "bm25s"],
         "test": [
-            *("pytest", "ruff", "mypy", "tensorboard", "matplotlib", "bm25s", "scikit-learn", "faiss-cpu"),
+            *("pytest", "pytest-timeout", "ruff", "mypy", "tensorboard"),
+            *("matplotlib", "bm25s", "scikit-learn", "faiss-cpu"),
             *("langchain-core>=0.3", "llama-index-core>=0.12", "fastapi>=0.110", "uvicorn>=0.29", "httpx"),
             *("python-multipart>=0.0.9", "openai>=3.0"),
         ],

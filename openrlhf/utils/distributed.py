@@ -7,7 +7,6 @@ import logging
 import os
 import random
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -47,12 +46,9 @@ def start_processes(local_rank: int = -1, timeout_minutes: int = 60) -> torch.de
     Returns:
         this rank's device: its CUDA device where there is one, else the CPU.
     """
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
+    alone = "RANK" not in os.environ
+    if alone:
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     os.environ.setdefault("LOCAL_RANK", str(max(local_rank, 0)))
     deepspeed.utils.logger.setLevel(logging.WARNING)
     if torch.cuda.is_available():
@@ -62,8 +58,10 @@ def start_processes(local_rank: int = -1, timeout_minutes: int = 60) -> torch.de
         device = torch.device("cpu")
         # The shared-memory all-reduce would be compiled here; gloo does without, and no compiler is needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(minutes=timeout_minutes)
+    if alone:  # a store in memory needs no port, which another run that starts now could take
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     return device
 
 

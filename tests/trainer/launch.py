@@ -5,10 +5,13 @@ The processes are forked from a server that has the slow imports behind it, and 
 `command` is the real command line, for the few tests that are about it. CUDA is hidden from all of them.
 """
 
+import atexit
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -16,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,6 +99,15 @@ def flags(folder: Path, stage: str = "stage1", data: Path | None = None, **optio
     return line
 
 
+_STARTED: list["Run"] = []
+
+
+@atexit.register  # before multiprocessing waits for its processes: a rank that a failed test left takes an hour to end
+def _end_what_was_left() -> None:
+    for run in _STARTED:
+        run.kill()
+
+
 @dataclass
 class Run:
     """A run of train_sft that was started."""
@@ -139,11 +150,14 @@ class Run:
     def kill_when(self, condition: Callable[[], bool]) -> "Run":
         """Kills all ranks as soon as `condition` holds."""
         until = time.monotonic() + LIMIT_SECONDS
-        while not condition():
-            assert all(process.is_alive() for process in self.ranks), f"the run ended by itself:\n{self.errors[-2000:]}"
-            assert time.monotonic() < until, "the condition never came true"
-            time.sleep(0.002)
-        self.kill()
+        try:
+            while not condition():
+                alive = all(process.is_alive() for process in self.ranks)
+                assert alive, f"the run ended by itself:\n{self.errors[-2000:]}"
+                assert time.monotonic() < until, "the condition never came true"
+                time.sleep(0.002)
+        finally:
+            self.kill()
         return self.wait()
 
     def ok(self) -> "Run":
@@ -189,6 +203,7 @@ def start(
     """Starts train_sft with these arguments; `before` is called in each process first."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     run = Run(folder)
+    _STARTED.append(run)
     port = _free_port()
     for rank in range(ranks):
         place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
@@ -231,8 +246,8 @@ def train_many(runs: dict[str, tuple[Path, list[str]]]) -> dict[str, Run]:
 
 def call(function: Callable, *args):
     """The result of `function(*args)` in a fresh process, where DeepSpeed may be set up."""
-    with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
-        return pool.submit(function, *args).result(timeout=LIMIT_SECONDS)
+    with _processes().Pool(1) as pool:  # leaving it ends the process, whatever that does
+        return pool.apply_async(function, args).get(timeout=LIMIT_SECONDS)
 
 
 def config(arguments: list[str]) -> TrainingConfig:
@@ -256,9 +271,12 @@ def command(*line: object, env: dict | None = None) -> subprocess.CompletedProce
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free, below those that the system gives to connections: none takes it before the run does."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 29_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def exact_trainer(arguments: list[str]):
