@@ -198,7 +198,7 @@ def test_killed_while_adding_at_any_moment_a_store_holds_what_was_committed(path
     Store.create(path, HEADER).close()
     said, rng = tmp_path / "said", random.Random(3)
     said.touch()
-    for _ in range(25):
+    for _ in range(15):
         killed(keep_adding, path, said, after=rng.uniform(0, 0.06))
         with Store.open(path) as store:
             there = {d.metadata["n"] for d, _ in store.texts()}
@@ -230,7 +230,7 @@ def test_killed_while_compacting_at_any_moment_a_store_loses_nothing(path):
     rng = random.Random(4)
     with Store.create(path, HEADER) as store:
         add(store, range(60))
-    for _ in range(15):
+    for _ in range(12):
         killed(keep_compacting, path, after=rng.uniform(0.005, 0.12))
         with Store.open(path, write=True) as store:
             there = {d.metadata["n"] for d, _ in store.texts()}

@@ -151,6 +151,21 @@ def test_after_a_failed_step_the_engine_goes_on(model, engine, monkeypatch):
     assert "".join(engine.submit(prepared(model), 8, 0.0, 0)) == alone(model, prepared(model), 8)
 
 
+def test_rows_that_cannot_be_put_together_fail_and_the_engine_goes_on(model, engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    first = engine.submit(prepared(model), 800, 0.0, 0)
+    next(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "merge_rows", fail)
+        second = engine.submit(prepared(model, QUESTIONS[1]), 800, 0.0, 0)
+        for one in (first, second):
+            with pytest.raises(EngineError, match="could not be written"):
+                list(one)
+    assert "".join(engine.submit(prepared(model), 8, 0.0, 0)) == alone(model, prepared(model), 8)
+
+
 def test_a_closed_engine_ends_what_is_written_in_words(model):
     engine = LocalEngine(model)
     pieces = engine.submit(prepared(model), 500, 0.0, 0)
