@@ -332,7 +332,7 @@ def test_a_killed_build_leaves_the_index_that_was_there(groups, tmp_path):
     folder = tmp_path / "index"
     TwoStepIndex.build(groups, folder, "Flat")
     command = [sys.executable, "-c", KILLED, str(groups.path), str(folder)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, check=False)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 2, "what the killed build had written is there"
     assert TwoStepIndex.open(groups, folder).factory == "Flat"

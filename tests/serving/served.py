@@ -95,7 +95,10 @@ def serving(
     finally:
         if process.is_alive():
             process.terminate()
-        running.ended()
+        try:
+            running.ended()
+        finally:
+            process.kill()  # nobody waits for it at the end of the tests
 
 
 def _main(arguments: list[str], said: str, env: dict) -> None:
@@ -120,13 +123,14 @@ def in_thread(
     app = create_app(asker, api_key, limits)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:
             yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", app=app, asker=asker)
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(WAIT_SECONDS)
+            assert not thread.is_alive(), "the server does not end"
             asker.close()
             model.router.lock = before
 

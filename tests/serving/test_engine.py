@@ -101,7 +101,7 @@ def test_closing_wakes_who_waits_for_a_piece(model, engine, monkeypatch):
     step = engine_module.Batch.step
     monkeypatch.setattr(engine_module.Batch, "step", lambda self: free.wait(60) and step(self))
     pieces, got = engine.submit(prepared(model), 30, 0.0, 0), []
-    waiting = threading.Thread(target=lambda: got.extend(pieces))
+    waiting = threading.Thread(target=lambda: got.extend(pieces), daemon=True)
     waiting.start()
     until(lambda: engine.running == 1)
     pieces.close()

@@ -20,7 +20,7 @@ from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.retrieval.compress import open_store
 from openrlhf.retrieval.store import Store
 from openrlhf.serving.export_vllm import plan, write
-from tests.serving.served import GIVEN, save_checkpoint, serving, until
+from tests.serving.served import GIVEN, WAIT_SECONDS, save_checkpoint, serving, until
 from tests.serving.vllm_stub import VllmStub
 from tests.tiny import DOCS, new_model
 from tests.trainer.launch import ENVIRONMENT
@@ -126,6 +126,8 @@ def test_the_real_command_line_starts_answers_and_stops(checkpoint, tmp_path):
         0,
     ]
     process = subprocess.Popen(list(map(str, line)), env={"PATH": "", **ENVIRONMENT}, stdout=subprocess.PIPE, text=True)
+    limit = threading.Timer(WAIT_SECONDS, process.kill)  # ends the reading of what it prints
+    limit.start()
     try:
         assert process.stdout.readline() == f"serving {tmp_path / 'store'}: 0 documents, engine local\n"
         url = re.search(r"listening at (http\S+), key not needed", process.stdout.readline())[1]
@@ -133,8 +135,9 @@ def test_the_real_command_line_starts_answers_and_stops(checkpoint, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     finally:
+        limit.cancel()
         process.kill()
-        process.wait()
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +219,7 @@ def test_a_server_that_is_killed_while_it_takes_uploads_loses_nothing_and_keeps_
                         return
 
             before = len(answered)
-            thread = threading.Thread(target=send)
+            thread = threading.Thread(target=send, daemon=True)
             thread.start()
             until(lambda before=before: len(answered) > before)
             time.sleep(delay)

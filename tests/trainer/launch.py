@@ -232,7 +232,13 @@ def train_many(runs: dict[str, tuple[Path, list[str]]]) -> dict[str, Run]:
 def call(function: Callable, *args):
     """The result of `function(*args)` in a fresh process, where DeepSpeed may be set up."""
     with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
-        return pool.submit(function, *args).result(timeout=LIMIT_SECONDS)
+        called = pool.submit(function, *args)
+        try:
+            return called.result(timeout=LIMIT_SECONDS)
+        finally:
+            if not called.done():  # leaving the pool would wait for it without limit
+                for process in list(pool._processes.values()):
+                    process.kill()
 
 
 def config(arguments: list[str]) -> TrainingConfig:
