@@ -158,8 +158,15 @@ def test_what_cannot_work_is_refused_in_words(model, mistral):
     with pytest.raises(ValueError, match="no query reasoner"):
         RAGMaster(new_model(mistral, query=False))
     master = RAGMaster(model, config=config())
-    with pytest.raises(ValueError, match="document 1 must be a text"):
-        master.query(QUESTIONS[0], [DOCS[0], {"title": "no text"}])
+    for given, said in (
+        (5, "must be a text"),
+        ({"title": "no text"}, ": text is missing"),
+        ({"text": "half \ud800"}, ": contains half a surrogate pair"),
+        ({"text": "a", "title": 5}, ": title must be a text"),
+        ({"text": "a", "page": "xii"}, ": page must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=f"document 1 ?{said}"):
+            master.query(QUESTIONS[0], [DOCS[0], given])
     with pytest.raises(ValueError, match="questions must be texts"):
         master.query("  ", DOCS)
 

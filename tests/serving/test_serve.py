@@ -19,6 +19,7 @@ from openrlhf.cli.serve import main
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.retrieval.compress import open_store
 from openrlhf.retrieval.store import Store
+from openrlhf.serving.asking import Asker
 from openrlhf.serving.export_vllm import plan, write
 from tests.serving.served import GIVEN, WAIT_SECONDS, save_checkpoint, serving, until
 from tests.serving.vllm_stub import VllmStub
@@ -293,6 +294,18 @@ def test_an_answer_that_takes_longer_than_shutdown_seconds_is_cut_off(checkpoint
             running.process.terminate()
             assert running.ended() == 0
             assert "data: [DONE]" not in _rest(lines)
+
+
+def rank_for_ever() -> None:
+    Asker.rerank = lambda *_: time.sleep(600)  # type: ignore[assignment,method-assign]
+
+
+def test_work_that_was_given_up_does_not_hold_the_process(checkpoint, tmp_path):
+    with serving(checkpoint, tmp_path, "--shutdown_seconds", 1, before=rank_for_ever) as running:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/rerank", json={"query": "Why?", "documents": ["A."]}, timeout=2)
+        running.process.terminate()
+        assert running.ended() == 0
 
 
 def _rest(lines: Iterator[str]) -> list[str]:
