@@ -26,7 +26,7 @@ def draw(url: str, question: str, output: Path, browser: str | None) -> None:
     """
     with sync_playwright() as playwright:
         own = Path(playwright.chromium.executable_path).exists()
-        started = playwright.chromium.launch(executable_path=None if own else browser)
+        started = playwright.chromium.launch(executable_path=None if own else browser, timeout=LIMIT_MS)
         page = started.new_page(viewport=SIZE, color_scheme="light")
         page.set_default_timeout(LIMIT_MS)
         page.goto(url)

@@ -200,6 +200,8 @@ def main(argv: list[str] | None = None) -> None:
         config, corpus, bound = check(args)
         with bound:
             serve(args, config, corpus, bound)
+        sys.stdout.flush()
+        os._exit(0)  # what was given up may still compute in a thread, and would hold the process until it has ended
     except (ValueError, OSError) as error:
         print(f"serve: {error}", file=sys.stderr)
         sys.exit(2)

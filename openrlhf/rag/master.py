@@ -25,6 +25,7 @@ from openrlhf.models.prompts import CLOSED_BOOK_SYSTEM, CLOSED_BOOK_USER
 from openrlhf.models.tokens import Prompt
 from openrlhf.rag.config import RAGConfig
 from openrlhf.retrieval.compress import add_documents, compressed_text, open_store
+from openrlhf.retrieval.corpus import parse_record
 from openrlhf.retrieval.hybrid import Bm25Index, hybrid_candidates
 from openrlhf.retrieval.search import TwoStepIndex
 from openrlhf.retrieval.store import Document, Store
@@ -345,12 +346,13 @@ def _two_step(store: Store, folder: Path) -> TwoStepIndex | None:
 def _document(number: int, item: str | dict | Document) -> Document:
     if isinstance(item, Document):
         return item
-    known = {"id", "title", "text", "page"}
     given = {"text": item} if isinstance(item, str) else item
-    if not isinstance(given, dict) or not isinstance(given.get("text"), str) or not given["text"].strip():
+    if not isinstance(given, dict):
         raise ValueError(f"document {number} must be a text, or have a text under 'text'; got {item!r:.80}")
-    metadata = {key: value for key, value in given.items() if key not in known}
-    return Document(str(given.get("id", number)), given["text"], given.get("title") or "", given.get("page"), metadata)
+    try:
+        return parse_record({**given, "id": number if given.get("id") is None else given["id"]})
+    except ValueError as error:
+        raise ValueError(f"document {number}: {error}") from None
 
 
 def _with_history(question: str, history: History, instructions: str = "") -> str:

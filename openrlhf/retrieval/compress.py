@@ -234,15 +234,19 @@ def in_processes(
         while (rows := _scatter(None)) is not None:
             dist.gather_object(_cpu(model.compress_rows(rows)), None)
         return
+    they_wait = True
     try:
         for portion in work:
             shares = share(list(portion.missing.values()), state.num_processes)
+            they_wait = False
             mine = _scatter([[row for _, row in part] for part in shares])
             gathered: list = [None] * state.num_processes
             dist.gather_object(_cpu(model.compress_rows(mine)), gathered)
+            they_wait = True
             yield portion, together(shares, gathered)
     finally:
-        _scatter([None] * state.num_processes)  # the others may go
+        if they_wait:  # for the next rows, and not for what this process could not compress
+            _scatter([None] * state.num_processes)  # the others may go
 
 
 class RayWorker:
@@ -266,13 +270,24 @@ def in_ray(
     Args:
         load: loads the model, in every worker: checkpoint and base model must be found under the same paths there.
         n_workers: default: as many as the cluster has GPUs, or 1 where it has none.
+
+    Raises:
+        ValueError: the cluster has no room for so many.
     """
     import ray
 
     ray.init(include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
     gpus = int(ray.cluster_resources().get("GPU", 0))
+    places, kind = (gpus, "GPUs") if gpus else (int(ray.cluster_resources().get("CPU", 0)), "CPUs")
+    wanted = n_workers or max(1, gpus)
+    if wanted > places:
+        ray.shutdown()
+        raise ValueError(
+            f"--ray_workers {wanted}: the cluster has {places} {kind}, one for each, and further workers would never "
+            "start: ask for fewer"
+        )
     remote = ray.remote(num_gpus=1)(RayWorker) if gpus else ray.remote(num_cpus=1)(RayWorker)
-    workers = [remote.remote(load) for _ in range(n_workers or max(1, gpus))]
+    workers = [remote.remote(load) for _ in range(wanted)]
     # One portion more than there are workers for each, so that none waits for the commit of another's.
     idle, running = [*workers, *workers], {}
     try:

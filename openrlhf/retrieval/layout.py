@@ -68,8 +68,12 @@ def connect(path: Path, write: bool) -> sqlite3.Connection:
     uri = f"{(path / INDEX_FILE).resolve().as_uri()}?mode=rw"
     sql = None
     try:
-        # Statements are read to their ends at once, and SQLite itself takes turns: threads may share the connection.
-        sql = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False, timeout=60)
+        # Threads may share the connection: statements are read to their ends at once, and SQLite itself takes turns.
+        # None is kept for later, since from Python 3.12 on two threads could be given the same one at the same moment,
+        # and one of them the other's rows.
+        sql = sqlite3.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=60, cached_statements=0
+        )
         # WAL: readers go on while a transaction is written. FULL: it is synced when COMMIT returns.
         pragmas = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON") if write else ("query_only=ON",)
         for pragma in pragmas:

@@ -71,7 +71,7 @@ def exact_search(
     check_queries(store, query_BE, k)
     if block_bytes < 1:
         raise ValueError(f"block_bytes must be positive, got {block_bytes}")
-    best = TopK(query_BE, k, device)
+    best = TopK(query_BE, max(1, min(k, store.n_rows())), device)
     for rows_N, docs_NLD in store.blocks(rows_of(store, block_bytes)):
         best.add(rows_N, docs_NLD.flatten(1))
     return best.result()
@@ -362,6 +362,8 @@ class TwoStepIndex:
             ValueError: as `exact_search`, or fewer candidates than k.
         """
         check_queries(self.store, query_BE, k)
+        if candidates is None:
+            k = max(1, min(k, self.store.n_rows()))
         wanted = max(MIN_CANDIDATES, 10 * k) if candidates is None else candidates
         if wanted < k:
             raise ValueError(f"{wanted} candidates cannot give the {k} best: ask for at least {k}")

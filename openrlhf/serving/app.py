@@ -92,6 +92,7 @@ class Server:
         self.threads: Any = None
         self.waiting: Any = None
         self.uploads: Any = None
+        self.deletions: Any = None
 
     async def in_thread(self, work: Callable, *arguments: Any) -> Any:
         """Runs what takes long elsewhere; a request that is cancelled does not wait for it."""
@@ -183,6 +184,7 @@ def create_app(
         server.threads = anyio.CapacityLimiter(THREADS)
         server.waiting = anyio.CapacityLimiter(server.limits.asked + 1)
         server.uploads = anyio.CapacityLimiter(UPLOADS)
+        server.deletions = anyio.CapacityLimiter(1)
         yield
         server.stopping = True
 
@@ -377,7 +379,8 @@ def _keep_documents(app: FastAPI, server: Server) -> None:
 
     @app.delete("/v1/documents/{name:path}")
     async def delete(name: str) -> Response:
-        deleted = await server.in_thread(library.delete, name)
+        # In a place of its own: it waits for the upload that is being compressed, and answers must not wait with it.
+        deleted = await to_thread.run_sync(library.delete, name, limiter=server.deletions, abandon_on_cancel=True)
         if not deleted:
             raise BadRequest(f"there is no document {name[:200]!r}", "id", 404, "document_not_found")
         return said({"id": name, "object": "document.deleted", "deleted": deleted})

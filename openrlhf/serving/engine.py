@@ -234,8 +234,16 @@ class LocalEngine:
             else:
                 self._batches.append(batch)
         for batch in self._batches:
-            batch.change(joining.get(id(batch), []))
+            self._change(batch, joining.get(id(batch), []))
         self._batches = [batch for batch in self._batches if batch.rows]
+
+    def _change(self, batch: Batch, joining: list[Batch]) -> None:
+        rows = [row for one in (batch, *joining) for row in one.rows]
+        try:
+            batch.change(joining)
+        except Exception as error:  # such as no memory for a cache of them all
+            batch.rows = []
+            self._fail(rows, error)
 
     def _rows(self) -> list[Row]:
         return [row for batch in self._batches for row in batch.rows]

@@ -8,21 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 
 from openrlhf.cli import compress_corpus
 from openrlhf.cli.compress_corpus import main
 from openrlhf.models.adapters import DECODER, ENCODER, adapter_state
 from openrlhf.models.fingerprint import fingerprint
 from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.retrieval.compress import Portion, in_processes, in_ray
 from openrlhf.retrieval.corpus import PASSAGE_OF
 from openrlhf.retrieval.store import Document, Store
 from tests.tiny import DOCS, QUESTIONS, new_model, shake
-from tests.trainer.launch import ENVIRONMENT, command
+from tests.trainer.launch import ENVIRONMENT, _free_port, _processes, command
 
 FORK = multiprocessing.get_context("fork")
 # The stored numbers are bfloat16, and a batch of another composition rounds otherwise in float32.
@@ -178,14 +181,14 @@ def test_killed_at_any_moment_it_goes_on_and_compresses_nothing_twice(model, che
     arguments = flags(checkpoint, jsonl(tmp_path / "c.jsonl", records), store)
     rng, lengths = random.Random(6), [0]
     for _ in range(12):
-        process = FORK.Process(target=child, args=(arguments,))
+        process = FORK.Process(target=child, args=(arguments,), daemon=True)
         process.start()
         until = time.monotonic() + 60
         while lengths[-1] == length(store) and process.is_alive() and time.monotonic() < until:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
         os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        process.join(60)
         lengths.append(length(store))
         with Store.open(store) as opened:
             assert opened.verify() == []
@@ -233,7 +236,8 @@ def test_killing_one_of_two_processes_loses_nothing_that_was_committed(model, ch
     arguments = flags(checkpoint, jsonl(tmp_path / "c.jsonl", records), store, batch_size=1)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     line = [*torchrun, "-m", "openrlhf.cli.compress_corpus", *arguments]
-    with subprocess.Popen(line, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.DEVNULL) as started:
+    started = subprocess.Popen(line, env={**os.environ, **ENVIRONMENT}, stderr=subprocess.DEVNULL)
+    try:
         until = time.monotonic() + 120
         while length(store) < 50:
             assert started.poll() is None and time.monotonic() < until
@@ -241,6 +245,9 @@ def test_killing_one_of_two_processes_loses_nothing_that_was_committed(model, ch
         second = next(p for p in psutil.Process(started.pid).children() if p.environ()["RANK"] == "1")
         os.kill(second.pid, signal.SIGKILL)
         assert started.wait(timeout=120) != 0
+    finally:
+        started.terminate()  # and with it its processes
+        started.wait(timeout=60)
     kept = length(store)
     assert 50 <= kept < 600
     with Store.open(store) as opened:
@@ -254,9 +261,50 @@ def test_a_ray_cluster_makes_the_same_store(model, checkpoint, tmp_path):
     records = lines(60)
     arguments = flags(checkpoint, jsonl(tmp_path / "c.jsonl", records), tmp_path / "store")
     module = (sys.executable, "-m", "openrlhf.cli.compress_corpus")
-    done = command(*module, *arguments, "--ray", "--ray_workers", 2, env={"RAY_USAGE_STATS_ENABLED": "0"})
+    workers = min(2, len(os.sched_getaffinity(0)))
+    done = command(*module, *arguments, "--ray", "--ray_workers", workers, env={"RAY_USAGE_STATS_ENABLED": "0"})
     assert done.returncode == 0, done.stderr
     check_store(tmp_path / "store", model, records)
+
+
+def test_more_ray_workers_than_there_is_room_for_are_refused_and_not_waited_for(monkeypatch):
+    ended = []
+    cluster = types.SimpleNamespace(
+        init=lambda **_: None, cluster_resources=lambda: {"CPU": 2.0}, shutdown=lambda: ended.append(True)
+    )
+    monkeypatch.setitem(sys.modules, "ray", cluster)
+    with pytest.raises(ValueError, match="--ray_workers 3: the cluster has 2 CPUs"):
+        next(in_ray(lambda: None, iter(()), 3))
+    assert ended
+
+
+def fail_in_the_first_process(rank: int, port: int, checkpoint: Path) -> None:
+    """The first process cannot compress its part: it ends with that error, and waits for nobody."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(ENVIRONMENT, **{key: str(value) for key, value in place.items()})
+    state = PartialState(cpu=True)
+    model = CLaRa.from_pretrained(checkpoint)
+    rows = model.tokens.encoder_rows(DOCS[:4])
+    work = iter([Portion([], [], {bytes([i]): row for i, row in enumerate(rows)}, 4)]) if rank == 0 else None
+    if rank == 0:
+        model.compress_rows = lambda _: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    try:
+        list(in_processes(model, state, work))
+    except RuntimeError as error:
+        os._exit(7 if "out of memory" in str(error) else 8)
+
+
+def test_a_first_process_that_fails_ends_and_waits_for_nobody(checkpoint):
+    port = _free_port()
+    both = [
+        _processes().Process(target=fail_in_the_first_process, args=(rank, port, checkpoint), daemon=True)
+        for rank in range(2)
+    ]
+    for process in both:
+        process.start()
+    both[0].join(120)
+    both[1].kill()  # as torchrun does
+    assert both[0].exitcode == 7
 
 
 def test_ray_is_asked_for_in_words_where_it_is_missing(checkpoint, tmp_path, capsys, no_loading, monkeypatch):

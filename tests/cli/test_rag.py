@@ -115,7 +115,6 @@ def test_the_command_runs_as_people_type_it(checkpoint, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"id": "7", "title": "Lamp", "text": "It was lit in 1874.", "page": 3}) + "\n")
     command = [sys.executable, "-m", "openrlhf.cli.rag", "Who?", "--documents", str(corpus), "--model", str(checkpoint)]
-    done = subprocess.run(
-        [*command, "--store", str(tmp_path / "store"), *FAST], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    command += ["--store", str(tmp_path / "store"), *FAST]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     assert "[1] 7 (Lamp), page 3  score" in done.stdout

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from openrlhf.models.adapters import DECODER
+from openrlhf.rag import master as master_module
 from openrlhf.rag.config import RAGConfig
 from openrlhf.rag.master import INDEX_FOLDER, RAGMaster
 from openrlhf.retrieval.compress import add_documents, open_store
+from openrlhf.retrieval.hybrid import hybrid_candidates
 from openrlhf.retrieval.search import TwoStepIndex
 from openrlhf.retrieval.store import Document
 from tests.tiny import DOCS, QUESTIONS, new_model
@@ -117,6 +119,23 @@ def test_an_empty_list_and_an_empty_store_are_refused_in_words(master, model, tm
         assert "there are none" in master.query(QUESTIONS[0], store)[0]
 
 
+@pytest.mark.parametrize(
+    ("retrieval", "sparse", "most"), [({}, 25, 37), ({"dense_top_k": 15, "sparse_top_k": 35}, 35, 50)]
+)
+def test_candidates_are_those_of_both_searches_and_no_more(model, monkeypatch, retrieval, sparse, most):
+    """Half of 80 documents share a word with the question, so that the nearest add some that share none."""
+    found = []
+    monkeypatch.setattr(
+        master_module, "hybrid_candidates", lambda *a, **b: found.extend(hybrid_candidates(*a, **b)) or found
+    )
+    documents = [f"{'violin' if i % 2 else 'penguin'} number {i}" for i in range(80)]
+    with RAGMaster(model, config=config(retrieval=retrieval)) as master:
+        _, citations = master.query("violin", documents)
+    nearest = [i for _, i in best(model, "violin", documents)[: most - sparse]]
+    assert sum(one.sparse > 0 for one in found) >= sparse and sparse <= len(found) <= most
+    assert set(nearest) <= {one.row for one in found} and [c.id for c in citations] == [str(i) for i in nearest[:2]]
+
+
 def test_more_slots_than_documents_read_what_is_there(model):
     _, citations = RAGMaster(model, top_k=50, config=config()).query(QUESTIONS[0], DOCS[:2])
     assert len(citations) == 2
@@ -158,8 +177,15 @@ def test_what_cannot_work_is_refused_in_words(model, mistral):
     with pytest.raises(ValueError, match="no query reasoner"):
         RAGMaster(new_model(mistral, query=False))
     master = RAGMaster(model, config=config())
-    with pytest.raises(ValueError, match="document 1 must be a text"):
-        master.query(QUESTIONS[0], [DOCS[0], {"title": "no text"}])
+    for given, said in (
+        (5, "must be a text"),
+        ({"title": "no text"}, ": text is missing"),
+        ({"text": "half \ud800"}, ": contains half a surrogate pair"),
+        ({"text": "a", "title": 5}, ": title must be a text"),
+        ({"text": "a", "page": "xii"}, ": page must be a whole number"),
+    ):
+        with pytest.raises(ValueError, match=f"document 1 ?{said}"):
+            master.query(QUESTIONS[0], [DOCS[0], given])
     with pytest.raises(ValueError, match="questions must be texts"):
         master.query("  ", DOCS)
 

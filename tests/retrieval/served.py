@@ -68,18 +68,23 @@ def serving(store: Path, *flags: object, env: dict | None = None) -> Iterator[Se
         yield service
     finally:
         process.terminate()
-        process.wait(LIMIT_SECONDS)
+        try:
+            process.wait(LIMIT_SECONDS)
+        finally:
+            process.kill()
 
 
 @contextmanager
 def in_thread(store: Path, model: CLaRa | None = None, api_key: str | None = None) -> Iterator[str]:
     """The app over a store, served by uvicorn in this process at a free port; yields its URL."""
     with Store.open(store) as opened, socket.create_server(("127.0.0.1", 0)) as bound:
-        server = uvicorn.Server(uvicorn.Config(create_app(Searcher(opened, model), api_key), log_config=None))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        app = create_app(Searcher(opened, model), api_key)
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:
             yield f"http://127.0.0.1:{bound.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(LIMIT_SECONDS)
+            assert not thread.is_alive(), "the service does not end"

@@ -166,7 +166,7 @@ def test_two_that_write_an_index_at_once_take_turns(store, tmp_path):
     def second():
         write_index(folder, "some", {"by": 2}, store, rows, lambda parts: order.append("second"))
 
-    other = threading.Thread(target=second)
+    other = threading.Thread(target=second, daemon=True)
 
     def first(parts):
         other.start()
@@ -193,7 +193,7 @@ Bm25Index.build(Store.open(sys.argv[1]), sys.argv[2])
 def test_a_killed_build_and_damaged_files_are_told_apart(store, bm25, tmp_path):
     folder = tmp_path / "index"
     command = [sys.executable, "-c", KILLED, str(store.path), str(folder)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, check=False)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, timeout=300)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
     assert torch.equal(Bm25Index.open(store, folder).scores("violin"), bm25.scores("violin"))

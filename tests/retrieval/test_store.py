@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from openrlhf.retrieval.store import Document, Store
 L, D = 2, 8
 HEADER = {"n_memory": L, "width": D, "rows_per_shard": 7, "compressor": "abc"}
 FORK = multiprocessing.get_context("fork")
+END_SECONDS = 60
 
 
 def vector(number: int) -> torch.Tensor:
@@ -169,16 +171,18 @@ def test_compact_frees_the_holes_and_changes_nothing_else(path):
 
 
 def killed(target, *arguments, after: float) -> None:
-    """Runs `target` in a process of its own and kills it with SIGKILL."""
-    process = FORK.Process(target=target, args=arguments)
+    """Runs `target` in a process of its own and kills it with SIGKILL, so long after it said that it is at work."""
+    at_work = FORK.Event()
+    process = FORK.Process(target=target, args=(*arguments, at_work), daemon=True)
     process.start()
+    assert at_work.wait(END_SECONDS)
     time.sleep(after)
     os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.join(END_SECONDS)
     assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
 
 
-def keep_adding(path: Path, said: Path) -> None:
+def keep_adding(path: Path, said: Path, at_work) -> None:
     with Store.open(path, write=True) as store:
         number = 10 * len(store)  # keys that no killed append used
         while True:
@@ -187,14 +191,15 @@ def keep_adding(path: Path, said: Path) -> None:
             with open(said, "a") as file:
                 file.write("".join(f"{n}\n" for n in numbers))
             number = numbers[-1] + 1
+            at_work.set()
 
 
 def test_killed_while_adding_at_any_moment_a_store_holds_what_was_committed(path, tmp_path):
     Store.create(path, HEADER).close()
-    said, rng, grown = tmp_path / "said", random.Random(3), 0
+    said, rng = tmp_path / "said", random.Random(3)
     said.touch()
-    for _ in range(25):
-        killed(keep_adding, path, said, after=rng.uniform(0.005, 0.09))
+    for _ in range(15):
+        killed(keep_adding, path, said, after=rng.uniform(0, 0.06))
         with Store.open(path) as store:
             there = {d.metadata["n"] for d, _ in store.texts()}
             holds(store, there)
@@ -204,13 +209,12 @@ def test_killed_while_adding_at_any_moment_a_store_holds_what_was_committed(path
         assert len(beyond) <= 20  # one commit that was done and not said
         with open(said, "a") as file:
             file.write("".join(f"{n}\n" for n in beyond))
-        grown += len(there) > len(committed) - 1
-    assert len(there) > 100
 
 
-def keep_compacting(path: Path) -> None:
+def keep_compacting(path: Path, at_work) -> None:
     with Store.open(path, write=True) as store:
         round_ = 0
+        at_work.set()
         while True:
             # 0..59 stay, and what comes and goes leaves holes between them.
             add(store, range(1000, 1030))
@@ -226,7 +230,7 @@ def test_killed_while_compacting_at_any_moment_a_store_loses_nothing(path):
     rng = random.Random(4)
     with Store.create(path, HEADER) as store:
         add(store, range(60))
-    for _ in range(15):
+    for _ in range(12):
         killed(keep_compacting, path, after=rng.uniform(0.005, 0.12))
         with Store.open(path, write=True) as store:
             there = {d.metadata["n"] for d, _ in store.texts()}
@@ -341,10 +345,10 @@ def test_a_full_disk_is_told_in_words_and_leaves_no_half_commit(path, rows_per_s
     with Store.create(path, {**HEADER, "rows_per_shard": rows_per_shard}) as store:
         add(store, range(5))
     results = FORK.Queue()
-    process = FORK.Process(target=fill_up, args=(path, limit, texts, results))
+    process = FORK.Process(target=fill_up, args=(path, limit, texts, results), daemon=True)
     process.start()
-    said, n_documents, n_rows = results.get(timeout=60)
-    process.join()
+    said, n_documents, n_rows = results.get(timeout=END_SECONDS)
+    process.join(END_SECONDS)
     assert "could not be written" in said and "are free there" in said and "make room" in said
     assert n_documents == n_rows and n_documents % 10 == 5
     with Store.open(path, write=True) as store:
@@ -367,9 +371,9 @@ def test_a_second_writer_is_refused_until_the_first_is_gone_however_it_went(path
     with Store.create(path, HEADER) as store:
         add(store, range(5))
     ready = FORK.Event()
-    first = FORK.Process(target=hold, args=(path, ready))
+    first = FORK.Process(target=hold, args=(path, ready), daemon=True)
     first.start()
-    assert ready.wait(30)
+    assert ready.wait(END_SECONDS)
     with pytest.raises(ValueError, match=f"being written by another process \\({first.pid}\\): wait"):
         Store.open(path, write=True)
     with Store.open(path) as reader:
@@ -377,7 +381,7 @@ def test_a_second_writer_is_refused_until_the_first_is_gone_however_it_went(path
         with pytest.raises(ValueError, match="for reading only"):
             add(reader, [7])
     os.kill(first.pid, signal.SIGKILL)
-    first.join()
+    first.join(END_SECONDS)
     with Store.open(path, write=True) as store:
         add(store, [5])
         holds(store, range(6))
@@ -405,6 +409,21 @@ def test_readers_wait_for_nobody_and_see_what_is_committed(path):
             holds(reader, range(4, 20))
     with Store.open(path) as reader:
         holds(reader, range(4, 20))
+
+
+def test_threads_that_share_a_store_each_get_their_own_rows(path):
+    """From Python 3.12 on, a statement that the connection kept could be given to two threads at once."""
+    with Store.create(path, HEADER) as store:
+        add(store, range(100))
+
+    def read(thread: int) -> list[int]:
+        drawn = [random.Random(thread).randrange(100) for _ in range(500)]
+        return [
+            n for n in drawn if store.find([f"d{n}"]) != [document(n)] or store.documents_at([n])[0][0].id != f"d{n}"
+        ]
+
+    with Store.open(path) as store, ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, range(4))) == [[]] * 4
 
 
 def test_a_closed_store_can_be_read_where_nothing_can_be_written(path):
@@ -500,7 +519,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def test_the_store_is_a_leaf():
     code = "import sys, openrlhf.retrieval.store; print(*sorted(m for m in sys.modules if m.startswith('openrlhf')))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    said = done.stdout.split()
     assert set(said) == {
         "openrlhf",
         "openrlhf.retrieval",

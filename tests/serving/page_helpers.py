@@ -73,7 +73,7 @@ def chromium() -> Iterator:
         path = own if Path(own).exists() else next(filter(None, map(shutil.which, BROWSERS)), None)
         if path is None:
             pytest.skip("no Chromium: run `playwright install chromium`, or install the system's")
-        browser = playwright.chromium.launch(executable_path=path)
+        browser = playwright.chromium.launch(executable_path=path, timeout=LIMIT_MS)
         try:
             yield browser
         finally:

@@ -6,7 +6,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,16 +72,23 @@ class Running:
 
 @contextmanager
 def serving(
-    checkpoint: Path, folder: Path, *flags: object, env: dict | None = None, store: Path | None | str = "", **more
+    checkpoint: Path,
+    folder: Path,
+    *flags: object,
+    env: dict | None = None,
+    store: Path | None | str = "",
+    before: Callable | None = None,
+    **more,
 ) -> Iterator[Running]:
     """The command at a free port over the store `folder/store`, or another, or none that it is told (None); in a
-    process that is forked from one with the slow imports behind it. Stopped with SIGTERM if it still runs then."""
+    process that is forked from one with the slow imports behind it, and that calls `before` first. Stopped with SIGTERM
+    if it still runs then."""
     folder.mkdir(exist_ok=True)
     (folder / "rag_config.json").write_text(json.dumps({"rag_master": settings(**more)}))  # JSON is YAML
     said = folder / f"{time.monotonic_ns()}.log"
     line = ["--model", checkpoint, "--config", folder / "rag_config.json", "--port", "0", *flags]
     line += [] if store is None else ["--store", store or folder / "store"]
-    process = _processes().Process(target=_main, args=([str(word) for word in line], str(said), env or {}))
+    process = _processes().Process(target=_main, args=([str(word) for word in line], str(said), env or {}, before))
     said.touch()
     process.start()
     running = Running("", process, said)
@@ -95,16 +102,21 @@ def serving(
     finally:
         if process.is_alive():
             process.terminate()
-        running.ended()
+        try:
+            running.ended()
+        finally:
+            process.kill()  # nobody waits for it at the end of the tests
 
 
-def _main(arguments: list[str], said: str, env: dict) -> None:
+def _main(arguments: list[str], said: str, env: dict, before: Callable | None) -> None:
     file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(env)
     from openrlhf.cli import serve
 
+    if before is not None:
+        before()
     serve.main(arguments)
 
 
@@ -120,13 +132,14 @@ def in_thread(
     app = create_app(asker, api_key, limits)
     with socket.create_server(("127.0.0.1", 0)) as bound:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         try:
             yield Running(f"http://127.0.0.1:{bound.getsockname()[1]}", app=app, asker=asker)
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(WAIT_SECONDS)
+            assert not thread.is_alive(), "the server does not end"
             asker.close()
             model.router.lock = before
 

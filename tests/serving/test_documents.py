@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,9 +14,10 @@ from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.retrieval.compress import compressed_text
 from openrlhf.retrieval.store import Document, Store
 from openrlhf.serving import documents as documents_module
+from openrlhf.serving.app import THREADS
 from openrlhf.serving.documents import Library
-from tests.serving.served import GIVEN, in_thread
-from tests.tiny import DOCS
+from tests.serving.served import GIVEN, in_thread, until
+from tests.tiny import DOCS, QUESTIONS
 
 LONG = "\n\n".join(f"{DOCS[i % 6]} This is paragraph {i}." for i in range(12))
 
@@ -193,6 +195,30 @@ def test_an_upload_whose_client_goes_adds_nothing(running, monkeypatch):
     assert len(running.asker.library) == 0
     monkeypatch.undo()
     assert put(running, GIVEN[0])["added"] == 1
+
+
+def test_questions_are_answered_while_deletions_wait_for_an_upload(running, monkeypatch):
+    put(running, GIVEN[0])
+    begun, free, add = threading.Event(), threading.Event(), documents_module.add_documents
+
+    def slow(*given):
+        begun.set()
+        assert free.wait(100)
+        return add(*given)
+
+    monkeypatch.setattr(documents_module, "add_documents", slow)
+    with ThreadPoolExecutor(1 + 2 * THREADS) as pool:
+        added = pool.submit(put, running, GIVEN[1])
+        assert begun.wait(60)
+        deleted = [pool.submit(call, running, "DELETE", f"/none{i}") for i in range(2 * THREADS)]
+        try:
+            body = {"model": "clara", "messages": [{"role": "user", "content": QUESTIONS[0]}]}
+            until(lambda: running.app.state.server.deletions.statistics().tasks_waiting == 2 * THREADS - 1)
+            got = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
+            assert got.status_code == 200 and not any(one.done() for one in deleted)
+        finally:
+            free.set()
+        assert added.result(60)["added"] > 0 and {one.result(60)[0] for one in deleted} == {404}
 
 
 def test_a_library_that_is_only_read_changes_nothing(model, tmp_path):

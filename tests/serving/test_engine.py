@@ -101,7 +101,7 @@ def test_closing_wakes_who_waits_for_a_piece(model, engine, monkeypatch):
     step = engine_module.Batch.step
     monkeypatch.setattr(engine_module.Batch, "step", lambda self: free.wait(60) and step(self))
     pieces, got = engine.submit(prepared(model), 30, 0.0, 0), []
-    waiting = threading.Thread(target=lambda: got.extend(pieces))
+    waiting = threading.Thread(target=lambda: got.extend(pieces), daemon=True)
     waiting.start()
     until(lambda: engine.running == 1)
     pieces.close()
@@ -146,6 +146,21 @@ def test_after_a_failed_step_the_engine_goes_on(model, engine, monkeypatch):
         patch.setattr(engine_module.Batch, "step", fail)
         pieces = [engine.submit(prepared(model, q), 30, 0.0, 0) for q in QUESTIONS]
         for one in pieces:
+            with pytest.raises(EngineError, match="could not be written"):
+                list(one)
+    assert "".join(engine.submit(prepared(model), 8, 0.0, 0)) == alone(model, prepared(model), 8)
+
+
+def test_rows_that_cannot_be_put_together_fail_and_the_engine_goes_on(model, engine, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    first = engine.submit(prepared(model), 800, 0.0, 0)
+    next(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "merge_rows", fail)
+        second = engine.submit(prepared(model, QUESTIONS[1]), 800, 0.0, 0)
+        for one in (first, second):
             with pytest.raises(EngineError, match="could not be written"):
                 list(one)
     assert "".join(engine.submit(prepared(model), 8, 0.0, 0)) == alone(model, prepared(model), 8)

@@ -503,7 +503,8 @@ def test_the_page_is_all_that_is_loaded_and_runs_under_a_strict_policy(browser, 
 
 def test_the_picture_of_the_page_is_drawn_from_a_running_server(browser, url, tmp_path):
     line = [sys.executable, ROOT / "scripts" / "draw_page.py", "--output", tmp_path / "page.png", QUESTION, "--url"]
-    assert "page.png" in subprocess.run([*line, url], check=True, capture_output=True, text=True).stdout
+    options: dict = {"capture_output": True, "text": True, "timeout": 300}
+    assert "page.png" in subprocess.run([*line, url], check=True, **options).stdout
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
-    refused = subprocess.run([*line, "http://127.0.0.1:1"], capture_output=True, text=True)
+    refused = subprocess.run([*line, "http://127.0.0.1:1"], **options)
     assert refused.returncode == 2 and refused.stderr.startswith("draw_page: ") and "Traceback" not in refused.stderr

@@ -19,8 +19,9 @@ from openrlhf.cli.serve import main
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.retrieval.compress import open_store
 from openrlhf.retrieval.store import Store
+from openrlhf.serving.asking import Asker
 from openrlhf.serving.export_vllm import plan, write
-from tests.serving.served import GIVEN, save_checkpoint, serving, until
+from tests.serving.served import GIVEN, WAIT_SECONDS, save_checkpoint, serving, until
 from tests.serving.vllm_stub import VllmStub
 from tests.tiny import DOCS, new_model
 from tests.trainer.launch import ENVIRONMENT
@@ -126,6 +127,8 @@ def test_the_real_command_line_starts_answers_and_stops(checkpoint, tmp_path):
         0,
     ]
     process = subprocess.Popen(list(map(str, line)), env={"PATH": "", **ENVIRONMENT}, stdout=subprocess.PIPE, text=True)
+    limit = threading.Timer(WAIT_SECONDS, process.kill)  # ends the reading of what it prints
+    limit.start()
     try:
         assert process.stdout.readline() == f"serving {tmp_path / 'store'}: 0 documents, engine local\n"
         url = re.search(r"listening at (http\S+), key not needed", process.stdout.readline())[1]
@@ -133,8 +136,9 @@ def test_the_real_command_line_starts_answers_and_stops(checkpoint, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     finally:
+        limit.cancel()
         process.kill()
-        process.wait()
+        process.wait(60)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +220,7 @@ def test_a_server_that_is_killed_while_it_takes_uploads_loses_nothing_and_keeps_
                         return
 
             before = len(answered)
-            thread = threading.Thread(target=send)
+            thread = threading.Thread(target=send, daemon=True)
             thread.start()
             until(lambda before=before: len(answered) > before)
             time.sleep(delay)
@@ -290,6 +294,18 @@ def test_an_answer_that_takes_longer_than_shutdown_seconds_is_cut_off(checkpoint
             running.process.terminate()
             assert running.ended() == 0
             assert "data: [DONE]" not in _rest(lines)
+
+
+def rank_for_ever() -> None:
+    Asker.rerank = lambda *_: time.sleep(600)  # type: ignore[assignment,method-assign]
+
+
+def test_work_that_was_given_up_does_not_hold_the_process(checkpoint, tmp_path):
+    with serving(checkpoint, tmp_path, "--shutdown_seconds", 1, before=rank_for_ever) as running:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{running.url}/rerank", json={"query": "Why?", "documents": ["A."]}, timeout=2)
+        running.process.terminate()
+        assert running.ended() == 0
 
 
 def _rest(lines: Iterator[str]) -> list[str]:

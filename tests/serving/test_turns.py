@@ -18,11 +18,12 @@ def queue_up(turns: Turns, purposes: list[str]) -> list[str]:
     PURPOSE.set(QUESTIONS)
     with turns:
         for purpose in purposes:
-            threads.append(threading.Thread(target=take, args=(purpose,)))
+            threads.append(threading.Thread(target=take, args=(purpose,), daemon=True))
             threads[-1].start()
             until(lambda: sum(map(len, turns._waiting.values())) == len(threads))
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     return served
 
 
@@ -43,7 +44,7 @@ def test_one_thread_at_a_time_and_the_holder_may_enter_again():
                 most = max(most, inside)
                 inside -= 1
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    threads = [threading.Thread(target=work, args=(n,), daemon=True) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

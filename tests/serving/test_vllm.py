@@ -5,7 +5,6 @@ import base64
 import io
 import logging
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,6 +16,7 @@ from openrlhf.serving import vllm
 from openrlhf.serving.engines import EngineError
 from openrlhf.serving.vllm import VllmEngine, encode
 from tests.serving.conftest import NEW, rag_config
+from tests.serving.served import until
 from tests.serving.vllm_stub import VllmStub
 from tests.tiny import DOCS, QUESTIONS, new_model
 
@@ -194,8 +194,7 @@ def test_another_thread_can_close_while_one_waits(endless):
     assert next(pieces)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(list, pieces)
-        while not pieces._reading.locked():
-            time.sleep(0.01)
+        until(pieces._reading.locked)
         pieces.close()
         assert waiting.result(60) == []
     stub.go_on.set()
@@ -320,7 +319,7 @@ def test_a_server_that_comes_back_is_reached_again_and_nothing_is_sent_twice(rea
     vllm.PAUSES = (0.05, *[0.5] * 60)
     timer.start()
     assert written(engine, item) == own[0]
-    timer.join()
+    timer.join(60)
     assert len(again[0].requests) == 1
 
 
@@ -331,8 +330,7 @@ def test_closing_ends_the_tries_to_reach_a_server(ready, monkeypatch):
     pieces = engine.submit(item, NEW, 0.0, 0)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(list, pieces)
-        while not pieces._reading.locked():
-            time.sleep(0.01)
+        until(pieces._reading.locked)
         pieces.close()
         assert waiting.result(60) == []
 
