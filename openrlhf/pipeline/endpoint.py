@@ -96,6 +96,28 @@ def url_from_environment() -> str:
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
+class OneAtATime:
+    """`with one(key):` is for one thread at a time for each key."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: dict[str, list] = {}
+
+    @contextmanager
+    def __call__(self, key: str) -> Iterator[None]:
+        with self._lock:
+            entry = self._under_way.setdefault(key, [threading.Lock(), 0])
+            entry[1] += 1
+        try:
+            with entry[0]:
+                yield
+        finally:
+            with self._lock:
+                entry[1] -= 1
+                if not entry[1]:
+                    del self._under_way[key]
+
+
 @dataclass
 class Endpoint:
     """A model behind a server. Can be pickled: the connection and the key stay behind and are taken up anew.
@@ -130,7 +152,7 @@ class Endpoint:
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._connection: Any = None
-        self._under_way: dict[str, list] = {}
+        self._alone = OneAtATime()
         self._failed_in_a_row = 0
         self._stopped: EndpointError | None = None
 
@@ -207,7 +229,7 @@ class Endpoint:
     ) -> dict[str, Any]:
         """The raw reply, from the state or else from the server, whichever thread asks first."""
         key = self.key(messages, shape, limit)
-        with self._alone(key):
+        with self._alone(key):  # two chunks with the same text ask the same: the second waits for the first one's reply
             reply = state.get(STEP, key)
             if reply is None:
                 reply = self._send_counted(messages, shape, limit)
@@ -215,21 +237,6 @@ class Endpoint:
                 state.put(STEP, key, reply)
         meter.count(key, reply)
         return reply
-
-    @contextmanager
-    def _alone(self, key: str) -> Iterator[None]:
-        """Two chunks with the same text ask the same: the second waits for the first one's reply."""
-        with self._lock:
-            entry = self._under_way.setdefault(key, [threading.Lock(), 0])
-            entry[1] += 1
-        try:
-            with entry[0]:
-                yield
-        finally:
-            with self._lock:
-                entry[1] -= 1
-                if not entry[1]:
-                    del self._under_way[key]
 
     def _send_counted(self, messages: list[Message], shape: type[BaseModel], limit: int) -> dict:
         """Sends, and counts failures in a row; raises EndpointError for good when there are too many."""
@@ -276,11 +283,7 @@ class Endpoint:
         if self.mode in ("json_object", "text"):
             told = f"\n\nThe JSON object follows this JSON schema:\n{json.dumps(schema)}"
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + told}]
-        request: dict[str, Any] = {"model": self.model, "messages": messages}
-        values = {"temperature": self.temperature, "seed": self.seed, "max_tokens": limit}
-        request |= {name: values[option] for option, name in self.options.items()}
-        if self.extra:
-            request["extra_body"] = self.extra
+        request: dict[str, Any] = {"model": self.model, "messages": messages, **self.options_taken(limit)}
         if self.mode == "json_schema":
             named = {"name": shape.__name__.lower(), "strict": True, "schema": schema}
             request["response_format"] = {"type": "json_schema", "json_schema": named}
@@ -288,6 +291,12 @@ class Endpoint:
             form = {"type": "json_object"}
             request["response_format"] = form | ({"schema": schema} if self.mode.endswith("schema") else {})
         return request
+
+    def options_taken(self, limit: int) -> dict[str, Any]:
+        """The options of a request, as far as this server is known to take them."""
+        values = {"temperature": self.temperature, "seed": self.seed, "max_tokens": limit}
+        taken = {name: values[option] for option, name in dict(self.options).items()}
+        return taken | ({"extra_body": self.extra} if self.extra else {})
 
     def failure(self, error: Any) -> EndpointError | RequestFailed:
         """What an error of the client means."""
@@ -374,21 +383,22 @@ class Endpoint:
             try:
                 return self._send(PROBE, Probe, self.max_tokens, retries)
             except RequestFailed as error:
-                if error.refused and self._adjust(str(error)):
+                if error.refused and self.adjust(str(error)):
                     continue
                 if retries or error.refused or error.status in (500, 501):
                     raise
                 retries = self.retries
         raise RequestFailed("the server refuses the options of the request", refused=True)
 
-    def _adjust(self, said: str) -> bool:
-        """Renames or leaves out the option that a refusal names; False where it names none."""
-        if "max_completion_tokens" in said and self.options["max_tokens"] == "max_tokens":
-            self.options["max_tokens"] = "max_completion_tokens"
-            return True
-        for name in ("temperature", "seed"):
-            if name in self.options and name in said:
-                del self.options[name]
-                logger.warning("%s refuses the option %s: it goes without", self.model, name)
+    def adjust(self, said: str) -> bool:
+        """Renames or leaves out the option that a refusal names; False where it names none that is sent."""
+        with self._lock:
+            if "max_completion_tokens" in said and self.options["max_tokens"] == "max_tokens":
+                self.options["max_tokens"] = "max_completion_tokens"
                 return True
+            for name in ("temperature", "seed"):
+                if name in self.options and name in said:
+                    del self.options[name]
+                    logger.warning("%s refuses the option %s: it goes without", self.model, name)
+                    return True
         return False

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from openrlhf.pipeline.convert import KINDS, Skip, picture_links
+from openrlhf.pipeline.convert import KINDS, Passing, Skip, picture_links
 from openrlhf.pipeline.files import drafted, same, write_bytes, write_json, write_lines
 from openrlhf.pipeline.state import State, content_key
 from openrlhf.pipeline.work import each
@@ -145,6 +145,11 @@ def read(root: Path, source: str, max_mb: float) -> bytes:
     return data
 
 
+def shown(name: str) -> str:
+    """A file's name as it can be written down, with a mark for each byte that is not UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 class Extractor:
     """Converts one file, or takes what it gave before from the state; a function for `work.each`.
 
@@ -163,8 +168,10 @@ class Extractor:
 
     def __call__(self, source: str, state: State) -> dict:
         """{"source", "sha256", "status", "reason", "result": what `convert` gave, pictures as {"file", …}}"""
-        about: dict = {"source": source, "sha256": None, "status": "skipped", "reason": None, "result": None}
+        about: dict = {"source": shown(source), "sha256": None, "status": "skipped", "reason": None, "result": None}
         try:
+            if about["source"] != source:
+                raise Skip("has a name that is not UTF-8: rename it")
             if os.path.isdir(self.root / source):
                 raise Skip("is a folder behind a link, or one that cannot be listed")
             kind = KINDS.get(Path(source).suffix.lower())
@@ -199,9 +206,10 @@ class Extractor:
         options = {"layout": self.options.layout, "limit": self.options.limit, "max_pages": self.options.max_pages}
         try:
             result = self._workers.run(self.root / source, sha256, kind, options, pictures, self.options.file_timeout)
+        except Passing:
+            raise
         except Skip as error:
-            if "changed while" not in str(error):
-                state.put("extract", key, {"skip": str(error), "limits": limits})
+            state.put("extract", key, {"skip": str(error), "limits": limits})
             raise
         for picture in result["pictures"].values():
             png = base64.b64decode(picture["png"])
