@@ -32,6 +32,8 @@ NO_KEY = "none"  # what a local server without a key is sent
 # Ways of asking for JSON, the strictest first: OpenAI's and vLLM's, llama.cpp's, any JSON object, words alone.
 MODES = ("json_schema", "json_object_with_schema", "json_object", "text")
 OPTIONS = ("temperature", "seed", "max_tokens")
+NO_CREDIT = ("insufficient_quota", "Arrearage")  # codes of errors: OpenAI's, DashScope's
+FILTERED = ("content_filter", "data_inspection_failed", "DataInspectionFailed")
 SHOWN = 300  # characters of a server's message that are shown
 SHOWN_MODELS = 12
 PROBE = [{"role": "user", "content": 'Reply with the JSON object {"words": ["ready"]} and nothing else.'}]
@@ -49,11 +51,12 @@ class RequestFailed(Exception):
     Args:
         refused: the server read it and will refuse it again; otherwise another time may go better.
         status: of HTTP, None where there was no answer.
+        filtered: it was the provider's filter, which says something of the text and nothing of the server.
     """
 
-    def __init__(self, reason: str, refused: bool = False, status: int | None = None):
+    def __init__(self, reason: str, refused: bool = False, status: int | None = None, filtered: bool = False):
         super().__init__(reason)
-        self.refused, self.status = refused, status
+        self.refused, self.status, self.filtered = refused, status, filtered
 
 
 class BadReply(Exception):
@@ -248,6 +251,8 @@ class Endpoint:
             self._stopped = error
             raise
         except RequestFailed as error:
+            if error.filtered:
+                raise
             with self._lock:
                 self._failed_in_a_row += 1
                 if self._failed_in_a_row >= self.give_up_after:  # others may be under way: the first one's words stay
@@ -302,18 +307,19 @@ class Endpoint:
         """What an error of the client means."""
         import openai
 
-        status = getattr(error, "status_code", None)
+        status, code = getattr(error, "status_code", None), getattr(error, "code", None)
         said = self._clean(getattr(error, "message", ""))
         if status == 401:
             return EndpointError(f"{self.place} does not accept the key in OPENAI_API_KEY (HTTP 401): see that it is "
                                  "a key of this provider and still valid")  # fmt: skip
-        if status == 402 or getattr(error, "code", None) == "insufficient_quota":
+        if status == 402 or code in NO_CREDIT:
             return EndpointError(f"the account at {self.place} has no credit left (HTTP {status}): top it up, then "
                                  "give the same command again")  # fmt: skip
         if status == 404:
             return EndpointError(self._unknown_model())
         if status in (400, 403, 413, 422):
-            return RequestFailed(f"the server refuses the request (HTTP {status}): {said}", refused=True, status=status)
+            reason = f"the server refuses the request (HTTP {status}): {said}"
+            return RequestFailed(reason, refused=True, status=status, filtered=code in FILTERED)
         if isinstance(error, openai.APITimeoutError):
             return RequestFailed(f"there was no reply within {self.timeout:g} s, {self.retries + 1} times")
         if status is None:

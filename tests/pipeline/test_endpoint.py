@@ -119,7 +119,12 @@ def test_a_wrong_path_is_told(connect, monkeypatch):
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("403", "does not let this key use the model"), ("402", "no credit left"), ("quota", "no credit left")],
+    [
+        ("403", "does not let this key use the model"),
+        ("402", "no credit left"),
+        ("quota", "no credit left"),
+        ("arrears", "no credit left"),
+    ],
 )
 def test_what_an_account_may_not_is_told_before_any_work(connect, fault, said):
     with EndpointServer(faults=lambda number, _: fault) as server, pytest.raises(EndpointError, match=said):
@@ -252,6 +257,16 @@ def test_too_many_failures_in_a_row_stop_all_work(connect, state):
         with pytest.raises(EndpointError):
             endpoint.ask(state, other(3), Pairs, Meter())
         assert len(server.requests) == 3
+
+
+def test_texts_that_a_providers_filter_refuses_do_not_stop_the_work(connect, state):
+    with EndpointServer(faults=lambda number, _: "filter") as server:
+        endpoint = connect(server, give_up_after=3)
+        for number in range(5):
+            with pytest.raises(RequestFailed, match="inappropriate") as error:
+                endpoint.ask(state, other(number), Pairs, Meter())
+            assert error.value.refused
+        assert len(server.requests) == 5
 
 
 def test_failures_with_successes_between_do_not_stop_the_work(connect, state):

@@ -92,6 +92,20 @@ def test_a_file_that_is_no_state_is_refused_and_left_unlocked(tmp_path):
     State(path).close()
 
 
+def test_a_full_disk_and_a_closed_folder_are_told_and_no_reason_to_move_the_state(tmp_path):
+    with State(tmp_path / "s") as state:
+        state.put("step", "key", 1)
+        state._base.execute("PRAGMA max_page_count = 4")
+        with pytest.raises(OSError, match="disk is full.*the same command again; what it holds is kept"):
+            state.put("step", "large", "x" * 100_000)
+        assert state.get("step", "key") == 1 and state.get("step", "large") is None
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="cannot be used .unable to open"):
+        State(tmp_path / "folder")
+    (tmp_path / "folder").rmdir()
+    State(tmp_path / "folder").close()
+
+
 def test_content_keys_differ_where_content_does():
     keys = [content_key("a", "b"), content_key("ab"), content_key("a", {"b": 1}), content_key(b"a", "b"), content_key()]
     assert len(set(keys)) == len(keys)
