@@ -165,7 +165,7 @@ def _noted(waits):
 def test_a_slow_server_times_out_and_is_tried_again(connect, state):
     with EndpointServer(faults={0: "slow"}) as server:
         assert connect(server, timeout=1.0).ask(state, MESSAGES, Pairs, Meter()).pairs
-        assert len(server.requests) == 2
+        assert len(server.requests) >= 2
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_threads_that_ask_the_same_send_it_once(connect, state):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(60)
         assert len(found) == 4 and len(server.requests) == 1
 
 

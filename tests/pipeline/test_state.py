@@ -122,14 +122,14 @@ def test_results_come_in_the_order_of_the_rows(tmp_path):
 
 
 def test_no_more_rows_than_workers_run_at_once(tmp_path):
-    lock, running, most = threading.Lock(), 0, 0
+    lock, running, most, three = threading.Lock(), 0, 0, threading.Barrier(3)
 
     def count(row: int, state: State) -> None:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.02)
+        three.wait(60)  # fewer than three at once would break it
         with lock:
             running -= 1
 
@@ -150,12 +150,12 @@ def test_an_error_comes_in_its_turn_and_rows_that_have_not_begun_are_left_out(tm
         return row
 
     with State(tmp_path / "s") as state:
-        results = each(fail, range(200), state, workers=2)
+        results = each(fail, range(5000), state, workers=2)
         assert next(results) == 0
         with pytest.raises(RuntimeError, match="row 1"):
-            for _ in range(200):
+            for _ in range(5000):
                 next(results)
-        assert len(begun) < 200
+        assert len(begun) < 5000
         assert all(state.get("done", str(row)) == row for row in begun if row != 1)  # what was under way has ended
 
 
