@@ -77,6 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"extract_images: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nextract_images: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(summary(report))
     return 0
 

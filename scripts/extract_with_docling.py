@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"extract_with_docling: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nextract_with_docling: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(summary(report))
     return 0
 

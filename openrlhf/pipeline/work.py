@@ -33,7 +33,7 @@ def each(
     """function(row, state) for every row, at most `workers` at once; results in the rows' order.
 
     An exception of one row is raised when its turn comes, after the rows that are under way have ended; rows that have
-    not begun are left out then.
+    not begun are left out then. An interrupt from the keyboard does not wait for them.
 
     Args:
         function: with `ray`, something that can be pickled. Each worker has a copy of its own, and the state it sees is
@@ -53,14 +53,16 @@ def each(
 def _in_threads(
     function: Callable[[Row, State], Result], rows: Sequence[Row], state: State, workers: int
 ) -> Generator[Result, None, None]:
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    pool, wait = ThreadPoolExecutor(max_workers=workers), True
+    try:
         waiting = deque(pool.submit(function, row, state) for row in rows)
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except KeyboardInterrupt:
+        wait = False
+        raise
+    finally:
+        pool.shutdown(wait, cancel_futures=True)
 
 
 def _in_ray(

@@ -45,6 +45,8 @@ class Workers:
         if offline:
             self._variables |= {"HF_HUB_OFFLINE": "1"}
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        self._all: set[_Worker] = set()
+        self._closed = False
 
     def run(self, path: Path, sha256: str, kind: str, options: dict, pictures: dict[str, str], seconds: float) -> dict:
         """See `convert.convert`.
@@ -55,11 +57,15 @@ class Workers:
             RuntimeError: workers cannot be started.
         """
         worker = self._waiting() or _Worker(self._tokenizer, self._variables)
+        self._all.add(worker)
+        if self._closed:
+            self._end(worker)
+            raise Passing("was not read: the run was interrupted")
         request = {"path": str(path), "sha256": sha256, "kind": kind, "options": options, "pictures": pictures}
         try:
             answer = worker.ask(request, seconds)
         except BaseException:
-            worker.end()
+            self._end(worker)
             raise
         self._idle.put(worker)
         if "skip" in answer:
@@ -75,15 +81,19 @@ class Workers:
                 return None
             if worker.alive():
                 return worker
-            worker.end()
+            self._end(worker)
+
+    def _end(self, worker: "_Worker") -> None:
+        self._all.discard(worker)
+        worker.end()
 
     def close(self) -> None:
-        """Ends the workers that are idle."""
-        while True:
-            try:
-                self._idle.get_nowait().end()
-            except queue.Empty:
-                return
+        """Ends all workers, also those that an interrupt left in the middle of a file."""
+        self._closed = True
+        for worker in list(self._all):
+            worker.kill()
+        while not self._idle.empty():
+            self._end(self._idle.get_nowait())
 
 
 class _Worker:
@@ -125,7 +135,7 @@ class _Worker:
 
         def stop() -> None:
             late.set()
-            self._kill()
+            self.kill()
 
         timer = threading.Timer(seconds, stop)
         timer.start()
@@ -140,7 +150,7 @@ class _Worker:
         try:
             code = self._process.wait(_ENDING)
         except subprocess.TimeoutExpired:
-            self._kill()
+            self.kill()
             code = self._process.wait()
         name = signal.Signals(-code).name if code < 0 else f"status {code}"
         if name in _FROM_OUTSIDE:
@@ -148,12 +158,12 @@ class _Worker:
             raise Passing(f"its process was ended from outside ({name}{more}); it is tried again next time")
         raise Died(f"ended the process that read it ({name})")
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        self._kill()
+        self.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             with contextlib.suppress(OSError):

@@ -457,11 +457,12 @@ def test_a_file_that_hangs_or_kills_its_worker_is_skipped_and_the_next_one_goes_
         assert ask(seconds=300)["chunks"]
         (second,) = workers._idle.queue
         os.kill(second._process.pid, signal.SIGSTOP)
-        killer = threading.Timer(0.5, second._kill)
+        killer = threading.Timer(0.5, workers.close)
         killer.start()
         with pytest.raises(Passing, match=r"SIGKILL: most likely memory ran out\); it is tried again"):
             ask(seconds=300)
         killer.join(60)
+        assert not second.alive()
     finally:
         workers.close()
 

@@ -159,6 +159,25 @@ def test_an_error_comes_in_its_turn_and_rows_that_have_not_begun_are_left_out(tm
         assert all(state.get("done", str(row)) == row for row in begun if row != 1)  # what was under way has ended
 
 
+def test_an_interrupt_does_not_wait_for_what_is_under_way(tmp_path):
+    begun, held, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def interrupted(row: int, state: State) -> None:
+        if row:
+            begun.set()
+            held.wait(60)
+            ended.set()
+        else:
+            begun.wait(60)
+            raise KeyboardInterrupt
+
+    with State(tmp_path / "s") as state:
+        with pytest.raises(KeyboardInterrupt):
+            list(each(interrupted, range(3), state, workers=2))
+        assert not ended.is_set()
+    held.set()
+
+
 def _square(row: dict, state) -> dict:
     kept = state.get("square", str(row["n"]))
     if kept is None:

@@ -232,7 +232,12 @@ def train_many(runs: dict[str, tuple[Path, list[str]]]) -> dict[str, Run]:
 def call(function: Callable, *args):
     """The result of `function(*args)` in a fresh process, where DeepSpeed may be set up."""
     with ProcessPoolExecutor(1, mp_context=_processes()) as pool:
-        return pool.submit(function, *args).result(timeout=LIMIT_SECONDS)
+        try:
+            return pool.submit(function, *args).result(timeout=LIMIT_SECONDS)
+        except TimeoutError:
+            for process in pool._processes.values():
+                process.kill()  # the end of the pool would wait for it forever
+            raise
 
 
 def config(arguments: list[str]) -> TrainingConfig:
