@@ -210,6 +210,12 @@ def test_ray_gives_the_same_results_in_order_and_keeps_them_in_this_machines_sta
         ray.shutdown()
 
 
+def test_ray_is_asked_for_where_it_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with State(tmp_path / "s") as state, pytest.raises(ValueError, match=r"pip install 'clara-rag\[ray\]'"):
+        list(each(_square, [{"n": 1}], state, ray=True))
+
+
 def test_the_state_holds_plain_json(tmp_path):
     import sqlite3
 

@@ -387,6 +387,22 @@ def test_without_a_model_the_step_is_skipped_and_says_so(place, capsys, caplog, 
     assert capsys.readouterr().err.count("VISION_MODEL is not set") == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "folder"), [({"OUTPUT_DIR": "out"}, "out"), ({"DATA_PATH": "set"}, "set"), ({}, "data")]
+)
+def test_the_command_line_finds_the_chunks_by_itself(given, folder, tmp_path, monkeypatch):
+    from scripts.extract_images import parse
+
+    for name in ("OUTPUT_DIR", "DATA_PATH", "MODEL_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    args = parse(["--input_dir", str(tmp_path), "--model", "rapidocr", "--tokenizer", "t"])
+    assert args.output_file == Path(folder, "raw_knowledge.jsonl")
+    assert args.state == Path(folder, "pipeline_state.sqlite")
+
+
 def test_the_command_line_takes_tokenizer_and_length_from_the_extraction(place, tokenizer_dir, capsys):
     from scripts.extract_images import main, parse
 
