@@ -28,8 +28,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="model whose tokenizer counts (default: extraction's, or MODEL_PATH)")
     parser.add_argument("--doc_max_length", type=int, help="tokens a chunk may have (default: extraction's, or 256)")
     parser.add_argument("--state", type=Path, help="default: pipeline_state.sqlite beside the output")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2),
-                        help="images at a time (default: half of the cores)")  # fmt: skip
+    parser.add_argument("--workers", type=int,
+                        help="images at a time (default: half of the cores, with --ray of the cluster's)")  # fmt: skip
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster (RAY_ADDRESS, or this machine)")
     args = parser.parse_args(argv)
     if args.output_file is None:
@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if not args.input_dir.is_dir():
         parser.error(f"--input_dir {args.input_dir} is not a folder")
     args.input_dir = args.input_dir.absolute()
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
     report = args.output_file.parent / "extraction_report.json"
     try:

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 from openrlhf.pipeline.convert import KINDS, Passing, Skip, picture_links
 from openrlhf.pipeline.files import drafted, same, write_bytes, write_json, write_lines
 from openrlhf.pipeline.state import State, content_key
-from openrlhf.pipeline.work import each
+from openrlhf.pipeline.work import each, half
 from openrlhf.pipeline.worker import Workers
 
 ASSETS = "extracted_assets"
@@ -322,7 +322,9 @@ def clean_assets(folder: Path, wanted: set[str]) -> list[str]:
     return foreign
 
 
-def extract(root: Path, output: Path, options: Options, state: State, workers: int = 1, ray: bool = False) -> dict:
+def extract(
+    root: Path, output: Path, options: Options, state: State, workers: int | None = 1, ray: bool = False
+) -> dict:
     """Extracts a folder; writes `output`, and beside it the pictures and the report, which is returned.
 
     Raises:
@@ -333,7 +335,8 @@ def extract(root: Path, output: Path, options: Options, state: State, workers: i
     if not found:
         raise ValueError(f"{root} holds no files: put documents into it")
     sources = [source for source in found if Path(source).suffix.lower() not in IMAGES]
-    extractor = Extractor(root, options, threads=max(1, (os.cpu_count() or 1) // workers))
+    cores = os.cpu_count() or 1
+    extractor = Extractor(root, options, threads=max(1, cores // (workers or half(cores))))
     files: list[dict] = []
     assets: set[str] = set()
 

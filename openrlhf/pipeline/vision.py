@@ -221,7 +221,7 @@ def see(
     state: State,
     limit: int,
     count: Callable[[str], int],
-    workers: int = 1,
+    workers: int | None = 1,
     ray: bool = False,
 ) -> dict:
     """Both passes: images of the folder, then pictures of the documents; writes `output` and the report, returned.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf.pipeline.state import State, content_key
-from openrlhf.pipeline.work import each
+from openrlhf.pipeline.work import each, half
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
@@ -138,6 +138,14 @@ def test_no_more_rows_than_workers_run_at_once(tmp_path):
     assert most == 3
 
 
+def test_without_a_number_half_of_the_cores_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    three = threading.Barrier(3)
+    with State(tmp_path / "s") as state:
+        list(each(lambda row, state: three.wait(60), range(3), state, workers=None))
+    assert (half(1), half(None), half(96.0)) == (1, 1, 48)
+
+
 def test_an_error_comes_in_its_turn_and_rows_that_have_not_begun_are_left_out(tmp_path):
     begun = []
 
@@ -200,7 +208,7 @@ def test_ray_gives_the_same_results_in_order_and_keeps_them_in_this_machines_sta
             assert [result["square"] for result in first] == [n * n for n in range(12)]
             assert os.getpid() not in {result["process"] for result in first}
             assert [state.get("square", str(n)) for n in range(12)] == first
-            assert list(each(_square, rows, state, workers=2, ray=True)) == first  # nothing is done again
+            assert list(each(_square, rows, state, workers=None, ray=True)) == first  # nothing is done again
             bad = [{"n": n, "bad": 103} for n in range(100, 108)]
             results = each(_square, bad, state, workers=2, ray=True)
             assert [next(results)["square"] for _ in range(3)] == [10000, 10201, 10404]
