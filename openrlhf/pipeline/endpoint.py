@@ -129,7 +129,7 @@ class Endpoint:
         model: name the server knows it by.
         temperature, seed: passed on; a server that refuses one goes without, which is said.
         max_tokens: limit of a reply; one that is cut off is asked for again with twice as much.
-        timeout: seconds that a request may take.
+        timeout: seconds that the server may be silent, before its reply and within it.
         retries: of 408, 409, 429, 5xx, time-outs and broken connections, with growing pauses or as Retry-After says.
         tries: times that a reply in the wrong shape is asked for.
         give_up_after: requests in a row that fail for good, after which nothing more is asked.
