@@ -4,13 +4,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# A line is NAME=value, with `export` before it or not; of a value in quotes the quotes are no part, of another one a
+# comment after white space is none.
 if [ -f .env ]; then
-    while IFS='=' read -r name value; do
-        name="${name#export }"
-        [[ "$name" =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] || continue
-        value="${value%$'\r'}"
-        value="${value%\"}"
-        value="${value#\"}"
+    while IFS= read -r line || [ -n "$line" ]; do
+        line="${line#$'\xef\xbb\xbf'}"
+        line="${line%$'\r'}"
+        [[ "$line" =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)[[:space:]]*=(.*)$ ]] || continue
+        name="${BASH_REMATCH[2]}" value="${BASH_REMATCH[3]}"
+        if [[ "$value" =~ ^[[:space:]]*\"([^\"]*)\"[[:space:]]*(#.*)?$ ]] ||
+            [[ "$value" =~ ^[[:space:]]*\'([^\']*)\'[[:space:]]*(#.*)?$ ]]; then
+            value="${BASH_REMATCH[1]}"
+        elif [[ "${value%%[[:space:]]#*}" =~ ^[[:space:]]*(.*[^[:space:]])?[[:space:]]*$ ]]; then
+            value="${BASH_REMATCH[1]}"
+        fi
         [ -n "${!name+set}" ] || export "$name=$value"
     done < .env
 fi

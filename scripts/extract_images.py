@@ -1,9 +1,10 @@
 """Describe the images of a folder, and the pictures found in its documents, and put the descriptions into the text.
 
-    python scripts/extract_images.py --input_dir documents --model rapidocr --output_file data/raw_knowledge.jsonl
+    python scripts/extract_images.py --input_dir documents --model rapidocr
 
-The model `rapidocr` reads the text in an image, without any network; any other name is asked for at BASE_URL with
-OPENAI_API_KEY. Run again, it asks only for what it has not described yet. Runs after extract_with_docling.py.
+puts them into data/raw_knowledge.jsonl, or where --output_file says. The model `rapidocr` reads the text in an image,
+without any network; any other name is asked for at BASE_URL with OPENAI_API_KEY. Run again, it asks only for what it
+has not described yet. Runs after extract_with_docling.py.
 """
 
 import argparse
@@ -22,24 +23,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=os.environ.get("VISION_MODEL", ""),
                         help="rapidocr, or a model of the endpoint (default: VISION_MODEL, or none)")  # fmt: skip
     parser.add_argument("--output_file", type=Path,
-                        help="JSONL file of chunks (default: raw_knowledge.jsonl in OUTPUT_DIR)")  # fmt: skip
+                        help="JSONL file of chunks (default: raw_knowledge.jsonl in OUTPUT_DIR, else in DATA_PATH, "
+                             "else in ./data)")  # fmt: skip
     parser.add_argument("--tokenizer", help="model whose tokenizer counts (default: extraction's, or MODEL_PATH)")
     parser.add_argument("--doc_max_length", type=int, help="tokens a chunk may have (default: extraction's, or 256)")
     parser.add_argument("--state", type=Path, help="default: pipeline_state.sqlite beside the output")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2),
-                        help="images at a time (default: half of the cores)")  # fmt: skip
+    parser.add_argument("--workers", type=int,
+                        help="images at a time (default: half of the cores, with --ray of the cluster's)")  # fmt: skip
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster (RAY_ADDRESS, or this machine)")
     args = parser.parse_args(argv)
     if args.output_file is None:
-        if not os.environ.get("OUTPUT_DIR"):
-            parser.error("--output_file must be given, or OUTPUT_DIR be set")
-        args.output_file = Path(os.environ["OUTPUT_DIR"], "raw_knowledge.jsonl")
+        folder = os.environ.get("OUTPUT_DIR") or os.environ.get("DATA_PATH") or "data"
+        args.output_file = Path(folder, "raw_knowledge.jsonl")
     if args.input_dir is None:
         parser.error("--input_dir must be given, or RAW_DATA_DIR be set")
     if not args.input_dir.is_dir():
         parser.error(f"--input_dir {args.input_dir} is not a folder")
     args.input_dir = args.input_dir.absolute()
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         parser.error(f"--workers must be at least 1, got {args.workers}")
     report = args.output_file.parent / "extraction_report.json"
     try:
@@ -77,6 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"extract_images: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nextract_images: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(summary(report))
     return 0
 

@@ -27,8 +27,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="model whose tokenizer counts (default: MODEL_PATH)")  # fmt: skip
     parser.add_argument("--doc_max_length", type=int, default=256, help="tokens a chunk may have (default 256)")
     parser.add_argument("--state", type=Path, help="default: pipeline_state.sqlite beside the output")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // 2),
-                        help="files at a time (default: half of the cores)")  # fmt: skip
+    parser.add_argument("--workers", type=int,
+                        help="files at a time (default: half of the cores, with --ray of the cluster's)")  # fmt: skip
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster (RAY_ADDRESS, or this machine)")
     parser.add_argument("--layout", choices=["auto", "docling", "rules"], default="auto",
                         help="of PDF pages: Docling's models, rules of ours, or what is here")  # fmt: skip
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.doc_max_length < 16:
         parser.error(f"--doc_max_length must be at least 16, got {args.doc_max_length}")
     for name in ("workers", "max_file_mb", "max_pages", "file_timeout"):
-        if getattr(args, name) <= 0:
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} must be greater than 0, got {getattr(args, name)}")
     if args.ray and importlib.util.find_spec("ray") is None:
         parser.error("--ray needs Ray, which is not installed: pip install 'clara-rag[ray]'")
@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"extract_with_docling: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nextract_with_docling: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     print(summary(report))
     return 0
 

@@ -24,13 +24,15 @@ RAY="${RAY:-0}"
 find_python
 PYTHON="${PIPELINE_PYTHON:-$PYTHON}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-KINDS=(pdf docx pptx html htm md xlsx txt png jpg jpeg)
+KINDS=(pdf docx pptx html htm xhtml md markdown xlsx txt text png jpg jpeg)
 
 # What is under RAW_DATA_DIR, such as " 2 docx, 7 pdf"; nothing where there is no document.
 documents() {
     local kinds
     kinds="$(IFS='|' && echo "${KINDS[*]}")"
-    find -H "$RAW_DATA_DIR" -type f | sed -nE 's/.*\.([^./]+)$/\1/p' | tr '[:upper:]' '[:lower:]' |
+    # What cannot be listed is named by the extraction; links may lead to files.
+    { find -H "$RAW_DATA_DIR" \( -type f -o -type l \) 2> /dev/null || true; } |
+        sed -nE 's/.*\.([^./]+)$/\1/p' | tr '[:upper:]' '[:lower:]' |
         { grep -xE "$kinds" || true; } | sort | uniq -c | awk '{ printf "%s %d %s", comma, $1, $2; comma = "," }'
 }
 

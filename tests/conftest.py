@@ -1,5 +1,6 @@
 """Fixtures for the whole tree of tests. Nothing here or below reaches for the network."""
 
+import faulthandler
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,6 +16,12 @@ from tests import tiny
 
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A thread or process that a test left keeps the run for two minutes at most, and is shown."""
+    faulthandler.dump_traceback_later(120, exit=True)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,10 @@ class Skip(Exception):
     """The file holds nothing that can be used; the message is the reason."""
 
 
+class Passing(Skip):
+    """The fault lies outside the file: another time it may go better."""
+
+
 def sniff(data: bytes) -> str | None:
     """What the bytes are: pdf, docx, pptx, xlsx, zip, ole, image, or None for what looks like none of these."""
     if b"%PDF-" in data[:1024]:

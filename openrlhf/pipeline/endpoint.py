@@ -32,6 +32,8 @@ NO_KEY = "none"  # what a local server without a key is sent
 # Ways of asking for JSON, the strictest first: OpenAI's and vLLM's, llama.cpp's, any JSON object, words alone.
 MODES = ("json_schema", "json_object_with_schema", "json_object", "text")
 OPTIONS = ("temperature", "seed", "max_tokens")
+NO_CREDIT = ("insufficient_quota", "Arrearage")  # codes of errors: OpenAI's, DashScope's
+FILTERED = ("content_filter", "data_inspection_failed", "DataInspectionFailed")
 SHOWN = 300  # characters of a server's message that are shown
 SHOWN_MODELS = 12
 PROBE = [{"role": "user", "content": 'Reply with the JSON object {"words": ["ready"]} and nothing else.'}]
@@ -49,11 +51,12 @@ class RequestFailed(Exception):
     Args:
         refused: the server read it and will refuse it again; otherwise another time may go better.
         status: of HTTP, None where there was no answer.
+        filtered: it was the provider's filter, which says something of the text and nothing of the server.
     """
 
-    def __init__(self, reason: str, refused: bool = False, status: int | None = None):
+    def __init__(self, reason: str, refused: bool = False, status: int | None = None, filtered: bool = False):
         super().__init__(reason)
-        self.refused, self.status = refused, status
+        self.refused, self.status, self.filtered = refused, status, filtered
 
 
 class BadReply(Exception):
@@ -96,6 +99,28 @@ def url_from_environment() -> str:
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
+class OneAtATime:
+    """`with one(key):` is for one thread at a time for each key."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: dict[str, list] = {}
+
+    @contextmanager
+    def __call__(self, key: str) -> Iterator[None]:
+        with self._lock:
+            entry = self._under_way.setdefault(key, [threading.Lock(), 0])
+            entry[1] += 1
+        try:
+            with entry[0]:
+                yield
+        finally:
+            with self._lock:
+                entry[1] -= 1
+                if not entry[1]:
+                    del self._under_way[key]
+
+
 @dataclass
 class Endpoint:
     """A model behind a server. Can be pickled: the connection and the key stay behind and are taken up anew.
@@ -104,7 +129,7 @@ class Endpoint:
         model: name the server knows it by.
         temperature, seed: passed on; a server that refuses one goes without, which is said.
         max_tokens: limit of a reply; one that is cut off is asked for again with twice as much.
-        timeout: seconds that a request may take.
+        timeout: seconds that the server may be silent, before its reply and within it.
         retries: of 408, 409, 429, 5xx, time-outs and broken connections, with growing pauses or as Retry-After says.
         tries: times that a reply in the wrong shape is asked for.
         give_up_after: requests in a row that fail for good, after which nothing more is asked.
@@ -130,7 +155,7 @@ class Endpoint:
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._connection: Any = None
-        self._under_way: dict[str, list] = {}
+        self._alone = OneAtATime()
         self._failed_in_a_row = 0
         self._stopped: EndpointError | None = None
 
@@ -207,7 +232,7 @@ class Endpoint:
     ) -> dict[str, Any]:
         """The raw reply, from the state or else from the server, whichever thread asks first."""
         key = self.key(messages, shape, limit)
-        with self._alone(key):
+        with self._alone(key):  # two chunks with the same text ask the same: the second waits for the first one's reply
             reply = state.get(STEP, key)
             if reply is None:
                 reply = self._send_counted(messages, shape, limit)
@@ -215,21 +240,6 @@ class Endpoint:
                 state.put(STEP, key, reply)
         meter.count(key, reply)
         return reply
-
-    @contextmanager
-    def _alone(self, key: str) -> Iterator[None]:
-        """Two chunks with the same text ask the same: the second waits for the first one's reply."""
-        with self._lock:
-            entry = self._under_way.setdefault(key, [threading.Lock(), 0])
-            entry[1] += 1
-        try:
-            with entry[0]:
-                yield
-        finally:
-            with self._lock:
-                entry[1] -= 1
-                if not entry[1]:
-                    del self._under_way[key]
 
     def _send_counted(self, messages: list[Message], shape: type[BaseModel], limit: int) -> dict:
         """Sends, and counts failures in a row; raises EndpointError for good when there are too many."""
@@ -241,6 +251,8 @@ class Endpoint:
             self._stopped = error
             raise
         except RequestFailed as error:
+            if error.filtered:
+                raise
             with self._lock:
                 self._failed_in_a_row += 1
                 if self._failed_in_a_row >= self.give_up_after:  # others may be under way: the first one's words stay
@@ -276,11 +288,7 @@ class Endpoint:
         if self.mode in ("json_object", "text"):
             told = f"\n\nThe JSON object follows this JSON schema:\n{json.dumps(schema)}"
             messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + told}]
-        request: dict[str, Any] = {"model": self.model, "messages": messages}
-        values = {"temperature": self.temperature, "seed": self.seed, "max_tokens": limit}
-        request |= {name: values[option] for option, name in self.options.items()}
-        if self.extra:
-            request["extra_body"] = self.extra
+        request: dict[str, Any] = {"model": self.model, "messages": messages, **self.options_taken(limit)}
         if self.mode == "json_schema":
             named = {"name": shape.__name__.lower(), "strict": True, "schema": schema}
             request["response_format"] = {"type": "json_schema", "json_schema": named}
@@ -289,22 +297,29 @@ class Endpoint:
             request["response_format"] = form | ({"schema": schema} if self.mode.endswith("schema") else {})
         return request
 
+    def options_taken(self, limit: int) -> dict[str, Any]:
+        """The options of a request, as far as this server is known to take them."""
+        values = {"temperature": self.temperature, "seed": self.seed, "max_tokens": limit}
+        taken = {name: values[option] for option, name in dict(self.options).items()}
+        return taken | ({"extra_body": self.extra} if self.extra else {})
+
     def failure(self, error: Any) -> EndpointError | RequestFailed:
         """What an error of the client means."""
         import openai
 
-        status = getattr(error, "status_code", None)
+        status, code = getattr(error, "status_code", None), getattr(error, "code", None)
         said = self._clean(getattr(error, "message", ""))
         if status == 401:
             return EndpointError(f"{self.place} does not accept the key in OPENAI_API_KEY (HTTP 401): see that it is "
                                  "a key of this provider and still valid")  # fmt: skip
-        if status == 402 or getattr(error, "code", None) == "insufficient_quota":
+        if status == 402 or code in NO_CREDIT:
             return EndpointError(f"the account at {self.place} has no credit left (HTTP {status}): top it up, then "
                                  "give the same command again")  # fmt: skip
         if status == 404:
             return EndpointError(self._unknown_model())
         if status in (400, 403, 413, 422):
-            return RequestFailed(f"the server refuses the request (HTTP {status}): {said}", refused=True, status=status)
+            reason = f"the server refuses the request (HTTP {status}): {said}"
+            return RequestFailed(reason, refused=True, status=status, filtered=code in FILTERED)
         if isinstance(error, openai.APITimeoutError):
             return RequestFailed(f"there was no reply within {self.timeout:g} s, {self.retries + 1} times")
         if status is None:
@@ -374,21 +389,22 @@ class Endpoint:
             try:
                 return self._send(PROBE, Probe, self.max_tokens, retries)
             except RequestFailed as error:
-                if error.refused and self._adjust(str(error)):
+                if error.refused and self.adjust(str(error)):
                     continue
                 if retries or error.refused or error.status in (500, 501):
                     raise
                 retries = self.retries
         raise RequestFailed("the server refuses the options of the request", refused=True)
 
-    def _adjust(self, said: str) -> bool:
-        """Renames or leaves out the option that a refusal names; False where it names none."""
-        if "max_completion_tokens" in said and self.options["max_tokens"] == "max_tokens":
-            self.options["max_tokens"] = "max_completion_tokens"
-            return True
-        for name in ("temperature", "seed"):
-            if name in self.options and name in said:
-                del self.options[name]
-                logger.warning("%s refuses the option %s: it goes without", self.model, name)
+    def adjust(self, said: str) -> bool:
+        """Renames or leaves out the option that a refusal names; False where it names none that is sent."""
+        with self._lock:
+            if "max_completion_tokens" in said and self.options["max_tokens"] == "max_tokens":
+                self.options["max_tokens"] = "max_completion_tokens"
                 return True
+            for name in ("temperature", "seed"):
+                if name in self.options and name in said:
+                    del self.options[name]
+                    logger.warning("%s refuses the option %s: it goes without", self.model, name)
+                    return True
         return False

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from openrlhf.pipeline.convert import KINDS, Skip, picture_links
+from openrlhf.pipeline.convert import KINDS, Passing, Skip, picture_links
 from openrlhf.pipeline.files import drafted, same, write_bytes, write_json, write_lines
 from openrlhf.pipeline.state import State, content_key
-from openrlhf.pipeline.work import each
+from openrlhf.pipeline.work import each, half
 from openrlhf.pipeline.worker import Workers
 
 ASSETS = "extracted_assets"
@@ -145,6 +145,11 @@ def read(root: Path, source: str, max_mb: float) -> bytes:
     return data
 
 
+def shown(name: str) -> str:
+    """A file's name as it can be written down, with a mark for each byte that is not UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 class Extractor:
     """Converts one file, or takes what it gave before from the state; a function for `work.each`.
 
@@ -163,8 +168,10 @@ class Extractor:
 
     def __call__(self, source: str, state: State) -> dict:
         """{"source", "sha256", "status", "reason", "result": what `convert` gave, pictures as {"file", …}}"""
-        about: dict = {"source": source, "sha256": None, "status": "skipped", "reason": None, "result": None}
+        about: dict = {"source": shown(source), "sha256": None, "status": "skipped", "reason": None, "result": None}
         try:
+            if about["source"] != source:
+                raise Skip("has a name that is not UTF-8: rename it")
             if os.path.isdir(self.root / source):
                 raise Skip("is a folder behind a link, or one that cannot be listed")
             kind = KINDS.get(Path(source).suffix.lower())
@@ -199,9 +206,10 @@ class Extractor:
         options = {"layout": self.options.layout, "limit": self.options.limit, "max_pages": self.options.max_pages}
         try:
             result = self._workers.run(self.root / source, sha256, kind, options, pictures, self.options.file_timeout)
+        except Passing:
+            raise
         except Skip as error:
-            if "changed while" not in str(error):
-                state.put("extract", key, {"skip": str(error), "limits": limits})
+            state.put("extract", key, {"skip": str(error), "limits": limits})
             raise
         for picture in result["pictures"].values():
             png = base64.b64decode(picture["png"])
@@ -314,7 +322,9 @@ def clean_assets(folder: Path, wanted: set[str]) -> list[str]:
     return foreign
 
 
-def extract(root: Path, output: Path, options: Options, state: State, workers: int = 1, ray: bool = False) -> dict:
+def extract(
+    root: Path, output: Path, options: Options, state: State, workers: int | None = 1, ray: bool = False
+) -> dict:
     """Extracts a folder; writes `output`, and beside it the pictures and the report, which is returned.
 
     Raises:
@@ -325,7 +335,8 @@ def extract(root: Path, output: Path, options: Options, state: State, workers: i
     if not found:
         raise ValueError(f"{root} holds no files: put documents into it")
     sources = [source for source in found if Path(source).suffix.lower() not in IMAGES]
-    extractor = Extractor(root, options, threads=max(1, (os.cpu_count() or 1) // workers))
+    cores = os.cpu_count() or 1
+    extractor = Extractor(root, options, threads=max(1, cores // (workers or half(cores))))
     files: list[dict] = []
     assets: set[str] = set()
 

@@ -100,13 +100,18 @@ def schema_of(shape: type[BaseModel]) -> dict[str, Any]:
     return strict(whole)
 
 
+def without_thoughts(text: str) -> str:
+    """A reply without what a model thought before it."""
+    return re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL)
+
+
 def parse(text: str, shape: type[Shape]) -> Shape:
     """The object in a model's reply: bare, in a code fence, among words, after thoughts, with trailing commas.
 
     Raises:
         ValueError: in words that a model can act on.
     """
-    text = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL)
+    text = without_thoughts(text)
     reason = "it holds no JSON object"
     for candidate in (text, _without_trailing_commas(text)):
         for value in _objects(candidate):

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from openrlhf.pipeline.convert import Skip
-from openrlhf.pipeline.endpoint import Endpoint, EndpointError, RequestFailed
-from openrlhf.pipeline.extract import IMAGES, base_of, listing, read, record
+from openrlhf.pipeline.endpoint import Endpoint, EndpointError, OneAtATime, RequestFailed
+from openrlhf.pipeline.extract import IMAGES, base_of, listing, read, record, shown
 from openrlhf.pipeline.files import drafted, read_lines, write_json, write_lines
 from openrlhf.pipeline.images import BadImage, jpeg_of
 from openrlhf.pipeline.marks import MARKS, fitted, mark, prefix_of
+from openrlhf.pipeline.replies import without_thoughts
 from openrlhf.pipeline.state import State, content_key
 from openrlhf.pipeline.work import each
 
@@ -30,6 +31,7 @@ OFFLINE = "rapidocr"
 _VERSION = 1
 # Further parts of a chunk that a description made too long are numbered PART, 2·PART … above it: no other number moves.
 PART = 1_000_000
+_MOST_TOKENS = 1024  # of a description
 _FAILURES = 3  # requests in a row that end the run
 PROMPT = (
     "Describe this picture for a reader who cannot see it. Write down all text, numbers, units and labels in it, and "
@@ -52,16 +54,17 @@ class Describer:
     def __init__(self, model: str, max_mb: float = 50):
         self.model, self.max_mb = model, max_mb
         self._about = [_VERSION, model, metadata.version("rapidocr") if model == OFFLINE else PROMPT]
-        self._endpoint = None if model == OFFLINE else Endpoint(model=model, max_tokens=1024)
+        self._endpoint = None if model == OFFLINE else Endpoint(model=model)
         self._start()
 
     def _start(self) -> None:
         self._local = threading.local()
         self._lock = threading.Lock()
+        self._alone = OneAtATime()
         self._failed = 0
 
     def __getstate__(self) -> dict:
-        own = ("_local", "_lock", "_failed")
+        own = ("_local", "_lock", "_alone", "_failed")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict) -> None:
@@ -75,16 +78,19 @@ class Describer:
             EndpointError: nothing more can be asked of the server.
         """
         folder, name = row
-        about: dict = {"file": name, "sha256": None, "status": "skipped", "reason": None, "width": None, "height": None}
-        about["description"] = None
+        about: dict = {"file": shown(name), "sha256": None, "status": "skipped", "reason": None, "width": None}
+        about |= {"height": None, "description": None}
         try:
+            if about["file"] != name:
+                raise Skip("has a name that is not UTF-8: rename it")
             data = read(Path(folder), name, self.max_mb)
             about["sha256"] = hashlib.sha256(data).hexdigest()
             key = content_key(about["sha256"], self._about)
-            kept = state.get("vision", key)
-            if kept is None:
-                kept = self._seen(data)
-                state.put("vision", key, kept)
+            with self._alone(key):  # of equal images the second waits for the first one's description
+                kept = state.get("vision", key)
+                if kept is None:
+                    kept = self._seen(data)
+                    state.put("vision", key, kept)
             about |= kept
         except Skip as error:
             about["reason"] = str(error)
@@ -120,10 +126,7 @@ class Describer:
         address = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
         content = [{"type": "text", "text": PROMPT}, {"type": "image_url", "image_url": {"url": address}}]
         try:
-            reply = self._endpoint.client().chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": content}], temperature=0, max_tokens=1024
-            )
-            text = _text_of(reply)
+            text = _text_of(self._reply(self._endpoint, [{"role": "user", "content": content}]))
         except openai.APIError as error:
             failure = self._endpoint.failure(error)
             if isinstance(failure, EndpointError):
@@ -140,6 +143,22 @@ class Describer:
             self._failed = 0
         return text
 
+    def _reply(self, endpoint: Endpoint, messages: list[dict]) -> Any:
+        """The server's, with the options that it takes."""
+        import openai
+
+        while True:
+            options = endpoint.options_taken(_MOST_TOKENS)
+            try:
+                return endpoint.client().chat.completions.create(model=self.model, messages=messages, **options)
+            except openai.APIError as error:
+                failure = endpoint.failure(error)
+                if isinstance(failure, EndpointError) or not failure.refused:
+                    raise
+                # Another thread may have been told the same and left the option out already.
+                if not endpoint.adjust(str(failure)) and options == endpoint.options_taken(_MOST_TOKENS):
+                    raise
+
     def _count(self, failure: RequestFailed) -> None:
         """Raises EndpointError where too many requests in a row have failed."""
         with self._lock:
@@ -152,11 +171,11 @@ class Describer:
 
 
 def _text_of(reply: Any) -> str:
-    """The text of a chat reply; raises ValueError where it is none."""
+    """The text of a chat reply, without thoughts; raises ValueError where it is none."""
     choices = getattr(reply, "choices", None)
     if not choices:
         raise ValueError("the server's reply is not one of a chat endpoint: it has no choices (is BASE_URL right?)")
-    return choices[0].message.content or ""
+    return without_thoughts(choices[0].message.content or "")
 
 
 def described(entry: dict, descriptions: dict[str, str], limit: int, count: Callable[[str], int]) -> list[dict]:
@@ -202,7 +221,7 @@ def see(
     state: State,
     limit: int,
     count: Callable[[str], int],
-    workers: int = 1,
+    workers: int | None = 1,
     ray: bool = False,
 ) -> dict:
     """Both passes: images of the folder, then pictures of the documents; writes `output` and the report, returned.
@@ -216,7 +235,8 @@ def see(
     """
     base = base_of(output)
     if not base.is_file() and output.is_file():  # written by other means than our extraction
-        shutil.copyfile(output, base)
+        with drafted(base) as draft:
+            shutil.copyfile(output, draft)
     if not base.is_file():
         logger.warning("%s is not there: only the images of the folder are described", base)
     entries = list(read_lines(base)) if base.is_file() else []

@@ -26,16 +26,17 @@ def each(
     function: Callable[[Row, State], Result],
     rows: Sequence[Row],
     state: State,
-    workers: int = 1,
+    workers: int | None = 1,
     title: str = "",
     ray: bool = False,
 ) -> Iterator[Result]:
     """function(row, state) for every row, at most `workers` at once; results in the rows' order.
 
     An exception of one row is raised when its turn comes, after the rows that are under way have ended; rows that have
-    not begun are left out then.
+    not begun are left out then. An interrupt from the keyboard does not wait for them.
 
     Args:
+        workers: None is half of the cores, with `ray` of the cluster's.
         function: with `ray`, something that can be pickled. Each worker has a copy of its own, and the state it sees is
             reached over the network: `get` and `put` only. Where it has a method `close`, that is called at the end.
         ray: work on the cluster at RAY_ADDRESS, or on one of this machine alone. The state stays on this machine.
@@ -50,27 +51,37 @@ def each(
             yield result
 
 
+def half(cores: float | None) -> int:
+    """Of the cores, at least one: the libraries behind a worker have threads of their own."""
+    return max(1, int(cores or 1) // 2)
+
+
 def _in_threads(
-    function: Callable[[Row, State], Result], rows: Sequence[Row], state: State, workers: int
+    function: Callable[[Row, State], Result], rows: Sequence[Row], state: State, workers: int | None
 ) -> Generator[Result, None, None]:
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    pool, wait = ThreadPoolExecutor(max_workers=workers or half(os.cpu_count())), True
+    try:
         waiting = deque(pool.submit(function, row, state) for row in rows)
-        try:
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except KeyboardInterrupt:
+        wait = False
+        raise
+    finally:
+        pool.shutdown(wait, cancel_futures=True)
 
 
 def _in_ray(
-    function: Callable[[Row, State], Result], rows: Sequence[Row], state: State, workers: int
+    function: Callable[[Row, State], Result], rows: Sequence[Row], state: State, workers: int | None
 ) -> Generator[Result, None, None]:
     if not rows:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    import ray.data
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise ValueError("--ray needs Ray, which is not installed: pip install 'clara-rag[ray]'") from None
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -84,8 +95,10 @@ def _in_ray(
     keeper = ray.remote(_Keeper).options(num_cpus=0, scheduling_strategy=here).remote(str(state.path.absolute()))
     variables = {name: value for name, value in os.environ.items() if name.startswith(_VARIABLES)}
     items = [{"number": number, "row": cloudpickle.dumps(row)} for number, row in enumerate(rows)]
+    there = ray.cluster_resources().get("CPU", 1)
+    workers = workers or half(there)
     # Workers may outnumber the cores: what they wait for is often an endpoint.
-    cores = min(1.0, 0.9 * ray.cluster_resources().get("CPU", 1) / workers)
+    cores = min(1.0, 0.9 * there / workers)
     try:
         ray.get(keeper.get.remote("", ""))  # says at once what is wrong with the state
         results = ray.data.from_items(items, override_num_blocks=min(len(items), 64 * workers)).map(

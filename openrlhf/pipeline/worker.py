@@ -19,13 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from openrlhf.pipeline.convert import Skip, convert
+from openrlhf.pipeline.convert import Passing, Skip, convert
 
 _START = 600  # seconds for the imports of a worker, on a very busy machine
+_ENDING = 60  # seconds for the end of a worker that has closed its output
+_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # no file does this to its reader
 
 
 class Died(Skip):
-    """The worker did not come back from this file: it took too long, or it was ended."""
+    """The worker did not come back from this file: it took too long, or the file brought it down."""
 
 
 class Workers:
@@ -43,36 +45,55 @@ class Workers:
         if offline:
             self._variables |= {"HF_HUB_OFFLINE": "1"}
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        self._all: set[_Worker] = set()
+        self._closed = False
 
     def run(self, path: Path, sha256: str, kind: str, options: dict, pictures: dict[str, str], seconds: float) -> dict:
         """See `convert.convert`.
 
         Raises:
-            Skip: the file cannot be used. Died: it took longer than `seconds`, or ended its worker.
+            Skip: the file cannot be used. Died: it took longer than `seconds`, or ended its worker. Passing: another
+                time it may go better.
             RuntimeError: workers cannot be started.
         """
-        try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = _Worker(self._tokenizer, self._variables)
+        worker = self._waiting() or _Worker(self._tokenizer, self._variables)
+        self._all.add(worker)
+        if self._closed:
+            self._end(worker)
+            raise Passing("was not read: the run was interrupted")
         request = {"path": str(path), "sha256": sha256, "kind": kind, "options": options, "pictures": pictures}
         try:
             answer = worker.ask(request, seconds)
         except BaseException:
-            worker.end()
+            self._end(worker)
             raise
         self._idle.put(worker)
         if "skip" in answer:
-            raise Skip(answer["skip"])
+            raise (Passing if answer["passing"] else Skip)(answer["skip"])
         return answer["result"]
 
-    def close(self) -> None:
-        """Ends the workers that are idle."""
+    def _waiting(self) -> "_Worker | None":
+        """A worker that is idle and alive."""
         while True:
             try:
-                self._idle.get_nowait().end()
+                worker = self._idle.get_nowait()
             except queue.Empty:
-                return
+                return None
+            if worker.alive():
+                return worker
+            self._end(worker)
+
+    def _end(self, worker: "_Worker") -> None:
+        self._all.discard(worker)
+        worker.end()
+
+    def close(self) -> None:
+        """Ends all workers, also those that an interrupt left in the middle of a file."""
+        self._closed = True
+        for worker in list(self._all):
+            worker.kill()
+        while not self._idle.empty():
+            self._end(self._idle.get_nowait())
 
 
 class _Worker:
@@ -92,11 +113,14 @@ class _Worker:
         )
         try:
             self._read(_START)
-        except Died as error:
+        except (Died, Passing) as error:
             self._errors.seek(max(0, self._errors.tell() - 2000))
             said = self._errors.read().decode(errors="replace").strip().splitlines()
             self.end()
             raise RuntimeError(f"a worker cannot start ({error}): {said[-1] if said else 'it says nothing'}") from None
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
 
     def ask(self, request: dict, seconds: float) -> dict:
         try:
@@ -111,7 +135,7 @@ class _Worker:
 
         def stop() -> None:
             late.set()
-            self._kill()
+            self.kill()
 
         timer = threading.Timer(seconds, stop)
         timer.start()
@@ -119,21 +143,27 @@ class _Worker:
             line = self._process.stdout.readline()  # type: ignore[union-attr]
         finally:
             timer.cancel()
+        if late.is_set():  # even with an answer: the worker is gone
+            raise Died(f"took longer than --file_timeout {seconds:g} s")
         if line.endswith(b"\n"):
             return json.loads(line)
-        if late.is_set():
-            raise Died(f"took longer than --file_timeout {seconds:g} s")
-        code = self._process.wait()
+        try:
+            code = self._process.wait(_ENDING)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = self._process.wait()
         name = signal.Signals(-code).name if code < 0 else f"status {code}"
-        more = ": most likely memory ran out" if name == "SIGKILL" else ""
-        raise Died(f"ended the process that read it ({name}{more})")
+        if name in _FROM_OUTSIDE:
+            more = ": most likely memory ran out" if name == "SIGKILL" else ""
+            raise Passing(f"its process was ended from outside ({name}{more}); it is tried again next time")
+        raise Died(f"ended the process that read it ({name})")
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def end(self) -> None:
-        self._kill()
+        self.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             with contextlib.suppress(OSError):
@@ -172,16 +202,25 @@ def _serve(tokenizer_name: str) -> None:
 
 def _answer(request: dict, tokenizer: Any) -> dict:
     try:
-        data = Path(request["path"]).read_bytes()
-        if hashlib.sha256(data).hexdigest() != request["sha256"]:
-            raise Skip("changed while it was being read")
+        data = _read(Path(request["path"]), request["sha256"])
         return {"result": convert(data, request["kind"], request["options"], tokenizer, request["pictures"])}
     except Skip as error:
-        return {"skip": str(error)}
+        return {"skip": str(error), "passing": isinstance(error, Passing)}
     except MemoryError:
-        return {"skip": "needs more memory than there is"}
+        return {"skip": "needs more memory than there is; it is tried again next time", "passing": True}
     except Exception as error:  # whatever a damaged file makes of a parser
-        return {"skip": f"cannot be converted: {type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        said = f"cannot be converted: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return {"skip": said, "passing": False}
+
+
+def _read(path: Path, sha256: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Passing(f"cannot be read: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise Passing("changed while it was being read")
+    return data
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ MODEL = "rules"
 KEY = "test-key-1234567890"
 MODES = ("json_schema", "json_object_with_schema", "json_object", "text")
 ERRORS = {"400": 400, "401": 401, "402": 402, "403": 403, "404": 404, "429": 429, "500": 500, "503": 503}
-BROKEN = ("quota", "drop", "slow", "html", "no_choices", "cut_json", "cut_body", "length", "prose", "fewer", "no_usage")
-FAULTS = (*ERRORS, *BROKEN)
+REFUSALS = ("quota", "arrears", "filter")
+BROKEN = ("drop", "slow", "html", "no_choices", "cut_json", "cut_body", "length", "prose", "fewer", "no_usage")
+FAULTS = (*ERRORS, *REFUSALS, *BROKEN)
 
 PASSAGE = re.compile(r"<(passage-[0-9a-f]{8})>\n(.*?)\n</\1>", re.DOTALL)
 TASK = re.compile(r"^Task: (\w+)$", re.MULTILINE)
@@ -369,6 +370,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(ERRORS[fault], f"fault {fault} for {self._key()}", headers=headers)
         elif fault == "quota":
             self._fail(429, "You exceeded your current quota", "insufficient_quota")
+        elif fault == "arrears":
+            self._fail(400, "Access denied, please make sure your account is in good standing", "Arrearage")
+        elif fault == "filter":
+            self._fail(400, "Input data may contain inappropriate content", "data_inspection_failed")
         elif fault == "drop":
             self.close_connection = True
             self.connection.close()

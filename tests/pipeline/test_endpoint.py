@@ -119,7 +119,12 @@ def test_a_wrong_path_is_told(connect, monkeypatch):
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("403", "does not let this key use the model"), ("402", "no credit left"), ("quota", "no credit left")],
+    [
+        ("403", "does not let this key use the model"),
+        ("402", "no credit left"),
+        ("quota", "no credit left"),
+        ("arrears", "no credit left"),
+    ],
 )
 def test_what_an_account_may_not_is_told_before_any_work(connect, fault, said):
     with EndpointServer(faults=lambda number, _: fault) as server, pytest.raises(EndpointError, match=said):
@@ -160,7 +165,7 @@ def _noted(waits):
 def test_a_slow_server_times_out_and_is_tried_again(connect, state):
     with EndpointServer(faults={0: "slow"}) as server:
         assert connect(server, timeout=1.0).ask(state, MESSAGES, Pairs, Meter()).pairs
-        assert len(server.requests) == 2
+        assert len(server.requests) >= 2
 
 
 @pytest.mark.parametrize(
@@ -233,7 +238,7 @@ def test_threads_that_ask_the_same_send_it_once(connect, state):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(60)
         assert len(found) == 4 and len(server.requests) == 1
 
 
@@ -252,6 +257,16 @@ def test_too_many_failures_in_a_row_stop_all_work(connect, state):
         with pytest.raises(EndpointError):
             endpoint.ask(state, other(3), Pairs, Meter())
         assert len(server.requests) == 3
+
+
+def test_texts_that_a_providers_filter_refuses_do_not_stop_the_work(connect, state):
+    with EndpointServer(faults=lambda number, _: "filter") as server:
+        endpoint = connect(server, give_up_after=3)
+        for number in range(5):
+            with pytest.raises(RequestFailed, match="inappropriate") as error:
+                endpoint.ask(state, other(number), Pairs, Meter())
+            assert error.value.refused
+        assert len(server.requests) == 5
 
 
 def test_failures_with_successes_between_do_not_stop_the_work(connect, state):

@@ -99,6 +99,36 @@ def test_the_output_goes_where_training_reads(tmp_path):
     assert "results     ./example\n" in command("--dry_run", DATA_PATH=tmp_path, OUTPUT_DIR="./example/").stdout
 
 
+def test_variables_are_read_from_env_as_people_write_them(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "common.sh", tmp_path / "scripts")
+    lines = ["\ufeffT_FIRST=1\r", "  export T_TWO = two words  # a comment", "T_KEY=sk-0815=",
+             'T_JSON={"a": "b = c"}',
+             "T_QUOTED='{\"a\": 1}' # said", 'T_DOUBLE="x # y"', "T_HASH=a#b", "T_NOTHING= # yet", "#T_NOT=1",
+             "T_NO-NAME=1",
+             "T_GIVEN=file", "T_LAST=last"]  # fmt: skip
+    (tmp_path / ".env").write_text("\n".join(lines), encoding="utf-8")  # no line break at the end
+    line = f"source scripts/common.sh; exec {sys.executable} -c 'import json, os; print(json.dumps(dict(os.environ)))'"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={**os.environ, "T_GIVEN": "exported"},
+                          capture_output=True, text=True, check=True, timeout=60)  # fmt: skip
+    read = {name[2:]: value for name, value in json.loads(done.stdout).items() if name.startswith("T_")}
+    assert read == {"FIRST": "1", "TWO": "two words", "KEY": "sk-0815=", "JSON": '{"a": "b = c"}', "QUOTED": '{"a": 1}',
+                    "DOUBLE": "x # y", "HASH": "a#b", "NOTHING": "", "GIVEN": "exported", "LAST": "last"}  # fmt: skip
+
+
+def test_documents_behind_links_count_and_what_cannot_be_listed_does_not_end_the_run(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "a.markdown").write_text("text")
+    (tmp_path / "docs" / "link.markdown").symlink_to(tmp_path / "a.markdown")
+    tools = tmp_path / "tools"  # a find that meets a closed folder, which the superuser never does
+    tools.mkdir()
+    (tools / "find").write_text(f'#!/bin/sh\n{shutil.which("find")} "$@"\necho "Permission denied" >&2\nexit 1\n')
+    (tools / "find").chmod(0o755)
+    done = command("--dry_run", RAW_DATA_DIR=tmp_path / "docs", PATH=f"{tools}:{os.environ['PATH']}")
+    assert done.returncode == 2 and "MODEL is not set" in done.stderr
+    assert f"{tmp_path / 'docs'}: 1 markdown\n" in done.stdout
+
+
 def test_the_key_and_what_stands_in_an_address_are_not_shown():
     done = command("--dry_run", OPENAI_API_KEY=KEY, BASE_URL=f"http://me:{KEY}@example.org/v1", MODEL="m")
     assert "at http://example.org/v1" in done.stdout and KEY not in done.stdout + done.stderr

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from openrlhf.pipeline.state import State, content_key
-from openrlhf.pipeline.work import each
+from openrlhf.pipeline.work import each, half
 
 ROOT = Path(__file__).parents[2]
 WRITER = """
@@ -92,6 +92,20 @@ def test_a_file_that_is_no_state_is_refused_and_left_unlocked(tmp_path):
     State(path).close()
 
 
+def test_a_full_disk_and_a_closed_folder_are_told_and_no_reason_to_move_the_state(tmp_path):
+    with State(tmp_path / "s") as state:
+        state.put("step", "key", 1)
+        state._base.execute("PRAGMA max_page_count = 4")
+        with pytest.raises(OSError, match="disk is full.*the same command again; what it holds is kept"):
+            state.put("step", "large", "x" * 100_000)
+        assert state.get("step", "key") == 1 and state.get("step", "large") is None
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="cannot be used .unable to open"):
+        State(tmp_path / "folder")
+    (tmp_path / "folder").rmdir()
+    State(tmp_path / "folder").close()
+
+
 def test_content_keys_differ_where_content_does():
     keys = [content_key("a", "b"), content_key("ab"), content_key("a", {"b": 1}), content_key(b"a", "b"), content_key()]
     assert len(set(keys)) == len(keys)
@@ -108,20 +122,28 @@ def test_results_come_in_the_order_of_the_rows(tmp_path):
 
 
 def test_no_more_rows_than_workers_run_at_once(tmp_path):
-    lock, running, most = threading.Lock(), 0, 0
+    lock, running, most, three = threading.Lock(), 0, 0, threading.Barrier(3)
 
     def count(row: int, state: State) -> None:
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
-        time.sleep(0.02)
+        three.wait(60)  # fewer than three at once would break it
         with lock:
             running -= 1
 
     with State(tmp_path / "s") as state:
         list(each(count, range(12), state, workers=3))
     assert most == 3
+
+
+def test_without_a_number_half_of_the_cores_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    three = threading.Barrier(3)
+    with State(tmp_path / "s") as state:
+        list(each(lambda row, state: three.wait(60), range(3), state, workers=None))
+    assert (half(1), half(None), half(96.0)) == (1, 1, 48)
 
 
 def test_an_error_comes_in_its_turn_and_rows_that_have_not_begun_are_left_out(tmp_path):
@@ -136,13 +158,32 @@ def test_an_error_comes_in_its_turn_and_rows_that_have_not_begun_are_left_out(tm
         return row
 
     with State(tmp_path / "s") as state:
-        results = each(fail, range(200), state, workers=2)
+        results = each(fail, range(5000), state, workers=2)
         assert next(results) == 0
         with pytest.raises(RuntimeError, match="row 1"):
-            for _ in range(200):
+            for _ in range(5000):
                 next(results)
-        assert len(begun) < 200
+        assert len(begun) < 5000
         assert all(state.get("done", str(row)) == row for row in begun if row != 1)  # what was under way has ended
+
+
+def test_an_interrupt_does_not_wait_for_what_is_under_way(tmp_path):
+    begun, held, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def interrupted(row: int, state: State) -> None:
+        if row:
+            begun.set()
+            held.wait(60)
+            ended.set()
+        else:
+            begun.wait(60)
+            raise KeyboardInterrupt
+
+    with State(tmp_path / "s") as state:
+        with pytest.raises(KeyboardInterrupt):
+            list(each(interrupted, range(3), state, workers=2))
+        assert not ended.is_set()
+    held.set()
 
 
 def _square(row: dict, state) -> dict:
@@ -167,7 +208,7 @@ def test_ray_gives_the_same_results_in_order_and_keeps_them_in_this_machines_sta
             assert [result["square"] for result in first] == [n * n for n in range(12)]
             assert os.getpid() not in {result["process"] for result in first}
             assert [state.get("square", str(n)) for n in range(12)] == first
-            assert list(each(_square, rows, state, workers=2, ray=True)) == first  # nothing is done again
+            assert list(each(_square, rows, state, workers=None, ray=True)) == first  # nothing is done again
             bad = [{"n": n, "bad": 103} for n in range(100, 108)]
             results = each(_square, bad, state, workers=2, ray=True)
             assert [next(results)["square"] for _ in range(3)] == [10000, 10201, 10404]
@@ -175,6 +216,12 @@ def test_ray_gives_the_same_results_in_order_and_keeps_them_in_this_machines_sta
                 next(results)
     finally:
         ray.shutdown()
+
+
+def test_ray_is_asked_for_where_it_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with State(tmp_path / "s") as state, pytest.raises(ValueError, match=r"pip install 'clara-rag\[ray\]'"):
+        list(each(_square, [{"n": 1}], state, ray=True))
 
 
 def test_the_state_holds_plain_json(tmp_path):

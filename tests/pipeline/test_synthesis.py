@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -237,7 +238,14 @@ def test_killed_three_times_it_ends_with_the_same_files_and_pays_only_what_was_i
     folder, at_once = tmp_path / "killed", 3
     write(folder, rows)
     options = ("--concurrency", str(at_once))
-    with EndpointServer(delay=0.03) as server:
+    held, kill_at = threading.Event(), whole
+
+    def hold(number: int, _: dict) -> None:
+        """So that it cannot end before it is killed, however slow this process is."""
+        if number > kill_at + 2 * at_once:
+            held.wait(60)
+
+    with EndpointServer(delay=0.03, faults=hold) as server:
         in_flight = 0
         for kill_at in (whole // 5, whole // 2, whole * 4 // 5):
             process = subprocess.Popen(
@@ -252,10 +260,13 @@ def test_killed_three_times_it_ends_with_the_same_files_and_pays_only_what_was_i
             assert not (folder / "synthesized.jsonl").exists()
             with State(folder / "pipeline_state.sqlite") as state:
                 kept = state._base.execute("SELECT count(*) FROM done WHERE step = 'chat'").fetchone()[0]
+            held.set()
+            held.clear()
             in_flight = len({json.dumps(request, sort_keys=True) for request in server.chats()}) - kept
             assert 0 <= in_flight <= at_once
+        held.set()
         done = subprocess.run(
-            command(folder, *options), cwd=ROOT, env=environment(server), capture_output=True, text=True
+            command(folder, *options), cwd=ROOT, env=environment(server), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         assert server.repeated() <= 3 * at_once

@@ -5,7 +5,10 @@ import hashlib
 import http.server
 import io
 import json
+import os
+import shutil
 import threading
+import time
 import zlib
 from collections import Counter
 from contextlib import contextmanager
@@ -188,6 +191,8 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults: list[tuple[int, bytes]] = []
+        self.delay = 0.0
+        self.refuses: tuple[str, ...] = ()
         self.asked: list[dict] = []
         self.keys: set[str] = set()
 
@@ -202,17 +207,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.asked.append(body)
         self.server.keys.add(self.headers["authorization"])
+        time.sleep(self.server.delay)
         if self.server.faults:
             return self.answer(*self.server.faults.pop(0))
+        for name in self.server.refuses:
+            if name in body:
+                said = f"Unsupported: '{name}'. Use 'max_completion_tokens' instead of 'max_tokens'."
+                return self.answer(400, json.dumps({"error": {"message": said}}).encode())
         told, shown = body["messages"][0]["content"]
         assert told["type"] == "text" and "Describe this picture" in told["text"]
         kind, data = shown["image_url"]["url"].split(",", 1)
         assert kind == "data:image/jpeg;base64"
         width, height = Image.open(io.BytesIO(base64.b64decode(data))).size
-        text = f"A picture of {width} by {height} pixels."
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        reply = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]}
-        return self.answer(200, json.dumps(reply).encode())
+        return self.answer(200, reply(f"A picture of {width} by {height} pixels."))
 
     def answer(self, status: int, body: bytes):
         self.send_response(status)
@@ -257,9 +264,9 @@ def place(tmp_path, monkeypatch, count):
         class Place:
             folder, output = out, out / "raw_knowledge.jsonl"
 
-            def see(self, model: str = "seer") -> dict:
+            def see(self, model: str = "seer", workers: int = 1) -> dict:
                 with State(out / "state.sqlite") as state:
-                    return see(raw, self.output, model, state, LIMIT, count)
+                    return see(raw, self.output, model, state, LIMIT, count, workers)
 
             def texts(self) -> list[str]:
                 return [json.loads(line)["text"] for line in self.output.read_text().splitlines()]
@@ -284,6 +291,46 @@ def test_an_endpoint_is_asked_once_for_each_picture(place):
     assert len(place.server.asked) == 6
     for path in place.folder.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes()
+
+
+def reply(text: str) -> bytes:
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+    whole = {"id": "1", "object": "chat.completion", "created": 1, "model": "seer", "choices": [choice]}
+    return json.dumps(whole).encode()
+
+
+def test_equal_images_are_asked_for_once_though_at_the_same_time(place):
+    raw = place.folder.parent / "raw"
+    for number in range(4):
+        (raw / f"copy{number}.jpg").write_bytes((raw / "one.jpg").read_bytes())
+    place.server.delay = 0.3
+    report = place.see(workers=4)
+    assert len(place.server.asked) == 3
+    assert [about["status"] for about in report["images"]] == ["described"] * 5
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_options_that_a_model_refuses_are_renamed_or_left_out(place, workers):
+    place.server.delay, place.server.refuses = 0.1, ("max_tokens", "temperature")
+    shutil.copy(place.folder / "extracted_assets/two.png", place.folder.parent / "raw/two.png")
+    report = place.see(workers=workers)
+    assert {about["status"] for about in report["images"] + report["pictures"]} == {"described"}
+    last = place.server.asked[-1]
+    assert last["max_completion_tokens"] == 1024 and not {"max_tokens", "temperature"} & set(last)
+
+
+def test_what_a_model_thinks_is_no_description(place):
+    place.server.faults = [(200, reply("<think>It may be a bridge.</think>\nA road.")), (200, reply("<think>It may"))]
+    report = place.see()
+    assert place.texts()[1] == "one\nA road."
+    assert report["pictures"][0]["reason"] == "the model has nothing to say of it"
+
+
+def test_an_image_whose_name_is_not_utf_8_is_told(place):
+    os.link(place.folder.parent / "raw/one.jpg", os.fsencode(place.folder.parent / "raw") + b"/caf\xe9.jpg")
+    report = place.see()
+    assert [about["file"] for about in report["images"]] == ["caf\ufffd.jpg", "one.jpg"]
+    assert "not UTF-8: rename it" in report["images"][0]["reason"]
 
 
 @pytest.mark.parametrize(("status", "said"), [(401, "OPENAI_API_KEY"), (404, "seer")])
@@ -338,6 +385,22 @@ def test_without_a_model_the_step_is_skipped_and_says_so(place, capsys, caplog, 
     assert place.texts() == [TEXT]
     assert json.loads((place.folder / "vision_report.json").read_text())["model"] is None
     assert capsys.readouterr().err.count("VISION_MODEL is not set") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"), [({"OUTPUT_DIR": "out"}, "out"), ({"DATA_PATH": "set"}, "set"), ({}, "data")]
+)
+def test_the_command_line_finds_the_chunks_by_itself(given, folder, tmp_path, monkeypatch):
+    from scripts.extract_images import parse
+
+    for name in ("OUTPUT_DIR", "DATA_PATH", "MODEL_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    args = parse(["--input_dir", str(tmp_path), "--model", "rapidocr", "--tokenizer", "t"])
+    assert args.output_file == Path(folder, "raw_knowledge.jsonl")
+    assert args.state == Path(folder, "pipeline_state.sqlite")
 
 
 def test_the_command_line_takes_tokenizer_and_length_from_the_extraction(place, tokenizer_dir, capsys):
