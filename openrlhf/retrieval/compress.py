@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 Rows = list[list[int]]
 Compressed = tuple[torch.Tensor, torch.Tensor]
-# Batches of one process in a portion: what a crash may cost, and room to put like lengths together.
-BATCHES = 8
+# Batches of one process in a portion: what a crash may cost, and room to put like lengths together. A CPU takes minutes
+# for what a GPU does in seconds.
+BATCHES, CPU_BATCHES = 8, 1
 
 
 def open_store(path: str | Path, model: CLaRa, base_model: str = "") -> Store:
@@ -47,6 +48,11 @@ def open_store(path: str | Path, model: CLaRa, base_model: str = "") -> Store:
     dtype = str(model.dtype).removeprefix("torch.")
     name = base_model or model.config.decoder_model_name
     return Store.create(path, {**made_by, "base_model": name, "dtype": dtype})
+
+
+def portion_size(model: CLaRa, processes: int = 1) -> int:
+    """Documents that are compressed between two commits."""
+    return model.inference_batch * (CPU_BATCHES if model.device.type == "cpu" else BATCHES) * processes
 
 
 def vectors_of(model: CLaRa, texts: Sequence[str], store: Store) -> torch.Tensor:
@@ -164,7 +170,7 @@ def add_corpus(store: Store, model: CLaRa, corpus: Corpus) -> Counts:
     """
     counts, state = Counts(), PartialState(cpu=not torch.cuda.is_available())
     total = corpus.check()
-    work = portions(store, model.tokens, corpus, model.inference_batch * BATCHES, counts)
+    work = portions(store, model.tokens, corpus, portion_size(model), counts)
     fill(store, in_processes(model, state, work), counts, total, corpus)
     return counts
 

@@ -202,6 +202,19 @@ def test_killed_at_any_moment_it_goes_on_and_compresses_nothing_twice(model, che
     assert vector_bytes(store) == len(opened_rows(store)) * 2 * 4 * 32
 
 
+def test_on_a_cpu_a_crash_costs_one_batch(checkpoint, tmp_path, monkeypatch):
+    portions = []
+    add = Store.add
+
+    def counted(store, documents, *rest, **named):
+        portions.append(len(documents))
+        return add(store, documents, *rest, **named)
+
+    monkeypatch.setattr(Store, "add", counted)
+    assert run(*flags(checkpoint, jsonl(tmp_path / "c.jsonl", lines(11)), tmp_path / "store", batch_size=4)) == 0
+    assert portions == [4, 4, 3]
+
+
 def opened_rows(path: Path) -> list[int]:
     with Store.open(path) as store:
         return store.rows().tolist()
