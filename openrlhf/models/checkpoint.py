@@ -68,6 +68,8 @@ def load_decoder(
     source, base_path = find_base(config.decoder_model_name, *roots)
     on_cuda = torch.cuda.is_available() and str(device_map) != "cpu"
     options: dict = {"dtype": dtype or (torch.bfloat16 if on_cuda else torch.float32), "device_map": device_map}
+    if options["dtype"] == torch.bfloat16 and not on_cuda and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        logger.warning("this processor has no bfloat16 arithmetic (AVX-512): float32 is several times as fast here")
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization != "no":

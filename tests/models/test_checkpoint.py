@@ -93,6 +93,16 @@ def test_a_dtype_asked_for_is_honoured(saved, keyword, dtype):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(("capability", "dtype", "warned"), [
+    ("AVX2", torch.bfloat16, True), ("AVX512", torch.bfloat16, False), ("AVX2", torch.float32, False),
+])  # fmt: skip
+def test_bfloat16_on_a_processor_without_it_is_warned_of(saved, monkeypatch, caplog, capability, dtype, warned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    CLaRa.from_pretrained(saved[1], dtype=dtype)
+    assert ("has no bfloat16 arithmetic" in caplog.text) == warned
+
+
 def test_the_default_dtype_on_cpu_is_float32_whatever_was_saved(saved, tmp_path):
     CLaRa.from_pretrained(saved[1], dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert load_file(tmp_path / "special_embeddings.safetensors")["embed_tokens"].dtype == torch.bfloat16
