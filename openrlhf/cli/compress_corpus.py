@@ -126,7 +126,16 @@ def compress(args: argparse.Namespace, corpus: Corpus | None, total: int) -> Non
     import torch
     from accelerate import PartialState
 
-    from openrlhf.retrieval.compress import Counts, fill, in_processes, in_ray, open_store, portion_size, portions
+    from openrlhf.retrieval.compress import (
+        BATCHES,
+        Counts,
+        fill,
+        in_processes,
+        in_ray,
+        open_store,
+        portion_size,
+        portions,
+    )
     from openrlhf.utils.logging import set_up_logging
 
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
@@ -138,7 +147,9 @@ def compress(args: argparse.Namespace, corpus: Corpus | None, total: int) -> Non
         return
     counts, began = Counts(), time.monotonic()
     with open_store(args.output, model) as store:
-        todo = portions(store, model.tokens, corpus, portion_size(model, state.num_processes), counts)
+        # With --ray the devices that compress are elsewhere.
+        size = args.batch_size * BATCHES if args.ray else portion_size(model, state.num_processes)
+        todo = portions(store, model.tokens, corpus, size, counts)
         if args.ray:
             work = in_ray(functools.partial(load, args), todo, args.ray_workers)
         else:

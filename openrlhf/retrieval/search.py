@@ -362,8 +362,6 @@ class TwoStepIndex:
             ValueError: as `exact_search`, or fewer candidates than k.
         """
         check_queries(self.store, query_BE, k)
-        if candidates is None:
-            k = max(1, min(k, self.store.n_rows()))
         wanted = max(MIN_CANDIDATES, 10 * k) if candidates is None else candidates
         if wanted < k:
             raise ValueError(f"{wanted} candidates cannot give the {k} best: ask for at least {k}")
@@ -374,6 +372,8 @@ class TwoStepIndex:
             return self._search(query_BE, k, wanted)
 
     def _search(self, query_BE: torch.Tensor, k: int, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
+        there = max(1, len(self.rows_R) + len(self.tail_T))  # more have no use, and would take room
+        k, wanted = min(k, there), min(wanted, there)
         best = TopK(query_BE, k)
         positions_BC = self._candidates(best.unit_BE.float() @ self._basis_EP, wanted)
         distinct = positions_BC.unique()

@@ -25,7 +25,7 @@ from openrlhf.retrieval.compress import Portion, in_processes, in_ray
 from openrlhf.retrieval.corpus import PASSAGE_OF
 from openrlhf.retrieval.store import Document, Store
 from tests.tiny import DOCS, QUESTIONS, new_model, shake
-from tests.trainer.launch import ENVIRONMENT, _free_port, _processes, command
+from tests.trainer.launch import ENVIRONMENT, command, free_port, processes
 
 FORK = multiprocessing.get_context("fork")
 # The stored numbers are bfloat16, and a batch of another composition rounds otherwise in float32.
@@ -308,9 +308,9 @@ def fail_in_the_first_process(rank: int, port: int, checkpoint: Path) -> None:
 
 
 def test_a_first_process_that_fails_ends_and_waits_for_nobody(checkpoint):
-    port = _free_port()
+    port = free_port()
     both = [
-        _processes().Process(target=fail_in_the_first_process, args=(rank, port, checkpoint), daemon=True)
+        processes().Process(target=fail_in_the_first_process, args=(rank, port, checkpoint), daemon=True)
         for rank in range(2)
     ]
     for process in both:

@@ -198,6 +198,8 @@ def test_with_all_rows_as_candidates_two_steps_are_the_exact_search(groups, tmp_
     index = TwoStepIndex.build(groups, tmp_path / "index")
     assert index.factory == "Flat"
     equal(index.search(QUERIES, 10, candidates=2000), plain_search(groups, QUERIES, 10))
+    equal(index.search(QUERIES, 10, candidates=10**15), plain_search(groups, QUERIES, 10))  # which no memory holds
+    assert index.search(QUERIES, 10**15)[1].shape == (len(QUERIES), groups.n_rows())
     assert measure_recall(groups, index, QUERIES, 10, candidates=2000) == 1
 
 

@@ -23,7 +23,7 @@ from openrlhf.serving.documents import Library
 from openrlhf.serving.engine import LocalEngine
 from openrlhf.serving.turns import Turns
 from tests.tiny import DOCS, new_model
-from tests.trainer.launch import _processes
+from tests.trainer.launch import processes
 
 WAIT_SECONDS = 180
 TOKENS = 12
@@ -88,7 +88,7 @@ def serving(
     said = folder / f"{time.monotonic_ns()}.log"
     line = ["--model", checkpoint, "--config", folder / "rag_config.json", "--port", "0", *flags]
     line += [] if store is None else ["--store", store or folder / "store"]
-    process = _processes().Process(target=_main, args=([str(word) for word in line], str(said), env or {}, before))
+    process = processes().Process(target=_main, args=([str(word) for word in line], str(said), env or {}, before))
     said.touch()
     process.start()
     running = Running("", process, said)

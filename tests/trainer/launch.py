@@ -52,7 +52,7 @@ _PRELOADED = [
 ]
 
 
-def _processes():
+def processes():
     """The multiprocessing context of the server, started on first use."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -204,12 +204,12 @@ def start(
     folder.parent.mkdir(parents=True, exist_ok=True)
     run = Run(folder)
     _STARTED.append(run)
-    port = _free_port()
+    port = free_port()
     for rank in range(ranks):
         place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         env_of_rank = {**(env or {}), **({key: str(v) for key, v in place.items()} if ranks > 1 else {})}
         said = str(folder.parent / f"{folder.name}.{rank}")
-        process = _processes().Process(target=_main, args=(list(arguments), said, env_of_rank, before))
+        process = processes().Process(target=_main, args=(list(arguments), said, env_of_rank, before))
         process.start()
         run.ranks.append(process)
     return run
@@ -246,7 +246,7 @@ def train_many(runs: dict[str, tuple[Path, list[str]]]) -> dict[str, Run]:
 
 def call(function: Callable, *args):
     """The result of `function(*args)` in a fresh process, where DeepSpeed may be set up."""
-    with _processes().Pool(1) as pool:  # leaving it ends the process, whatever that does
+    with processes().Pool(1) as pool:  # leaving it ends the process, whatever that does
         return pool.apply_async(function, args).get(timeout=LIMIT_SECONDS)
 
 
@@ -270,7 +270,7 @@ def command(*line: object, env: dict | None = None) -> subprocess.CompletedProce
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that is free, below those that the system gives to connections: none takes it before the run does."""
     while True:
         port = random.SystemRandom().randrange(10_000, 29_000)
