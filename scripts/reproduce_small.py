@@ -1,6 +1,6 @@
 """The plan behind scripts/reproduce_small.sh: which commands train and measure the small model, in which order.
 
-    python scripts/reproduce_small.py --data DATA_DIR --part token --list
+    python scripts/reproduce_small.py --data DATA_DIR --part cpu --list
 
 Contract: a step is one command of this project; it is done when its result is there, and goes on where it was when it
 is started again, so that killing this program loses at most the steps since the last checkpoint. Everything lies under
@@ -9,6 +9,7 @@ results/reproduction_PART. Trains and measures nothing itself.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import random
 import shlex
@@ -19,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,8 @@ from openrlhf.utils.logging import write_whole
 
 TRAIN_FILES = ("train/stage1_train.jsonl", "train/instruction_train.jsonl", "train/e2e_train.jsonl")
 HELD_OUT = "train/stage1_val.jsonl"
-OPENING_TOKENS, HELD_OUT_OPENINGS = 24, 100
+SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
+SINGLE = 3  # questions over one document for each over several
 POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 SLICE_OVER = 75
 ABLATED_RATE = 16
@@ -44,8 +47,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """How much is run."""
+    """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere."""
 
+    doc_max_length: int
     rates: tuple[int, ...]
     warm_up: Run
     stage1: Run
@@ -59,23 +63,25 @@ class Part:
 
 PARTS = {
     "full": Part(
+        doc_max_length=256,
         rates=(16, 4, 32, 64, 128),
         warm_up=Run(26000, 64, 1e-3, 2),
         stage1=Run(26842, 64, 5e-4, 3),
-        stage1_2=Run(2952, 32, 2e-4, 2),
+        stage1_2=Run(11808, 32, 2e-4, 2),
         stage2=Run(12922, 32, 5e-5, 1),
-        text_rag=Run(15874, 32, 2e-4, 1),
+        text_rag=Run(24730, 32, 2e-4, 1),
         ablation=Run(5000, 64, 5e-4, 1),
         questions=None,
         micro=32,
     ),
-    "token": Part(
-        rates=(16,),
-        warm_up=Run(3200, 16, 1e-3),
-        stage1=Run(320, 8, 3e-4),
-        stage1_2=Run(64, 8, 2e-4),
+    "cpu": Part(
+        doc_max_length=128,
+        rates=(4,),
+        warm_up=Run(2400, 12, 1e-3),
+        stage1=Run(2400, 12, 5e-4),
+        stage1_2=Run(800, 8, 3e-4),
         stage2=Run(64, 8, 2e-5),
-        text_rag=Run(32, 8, 2e-4),
+        text_rag=Run(240, 8, 3e-4),
         ablation=None,
         questions=2,
         micro=4,
@@ -108,10 +114,9 @@ class Plan:
         """A training run; its name, to start others from."""
         folder = self.work / "checkpoints" / name
         micro = min(self.part.micro if stage != "text_rag" else max(1, self.part.micro // 4), run.batch)
-        if name.startswith("warm_up"):
-            micro = run.batch
         command = [sys.executable, "-m", "openrlhf.cli.train_sft", "--stage", stage, "--pretrain", self.args.base]
-        command += ["--dataset", ",".join(map(str, data)), "--compress_rate", str(rate), "--bf16", "--seed", "42"]
+        command += ["--dataset", ",".join(map(str, data)), "--bf16", "--seed", "42"]
+        command += ["--doc_max_length", str(self.part.doc_max_length), "--compress_rate", str(rate)]
         command += ["--max_samples", str(run.samples), "--max_epochs", str(run.epochs), "--learning_rate", str(run.lr)]
         command += ["--train_batch_size", str(run.batch), "--micro_train_batch_size", str(micro)]
         command += ["--generation_top_k", "1" if stage == "stage1" else "5", "--eval_steps", "1000000"]
@@ -150,11 +155,12 @@ class Plan:
             at = f"rate{rate}"
             warm = self.train(
                 f"warm_up_{at}", "stage1", rate, [self.data / "warm_up.jsonl"], part.warm_up, None,
-                "--rescale_memory", "--lr_scheduler", "constant_with_warmup",
+                "--rescale_memory", "--span_loss_weight", "1", "--lr_scheduler", "constant_with_warmup",
             )  # fmt: skip
             first = self.train(
-                f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl"], part.stage1, warm, "--mse_loss"
-            )
+                f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl"], part.stage1, warm,
+                "--mse_loss", "--span_loss_weight", "0.3",
+            )  # fmt: skip
             second = self.train(f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, first, "--mse_loss")
             last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
             baselines = rate == part.rates[0]  # they are the same beside every rate
@@ -206,6 +212,8 @@ class Plan:
         kept = "--freeze_memory_embeddings"
         whole("memory_frozen", start("memory_frozen", both, "--mse_loss", kept), ("--mse_loss", kept))
         whole("rescaled", start("rescaled", both, "--mse_loss", "--rescale_memory"))
+        named = ("--rescale_memory", "--span_loss_weight", "1")
+        whole("rescaled_span_loss", start("rescaled_span_loss", both, "--mse_loss", *named))
         trained = "ablation/published/stage1_2"
         variants = {
             "reasoner_frozen": ["--freeze_query_reasoner"],
@@ -235,24 +243,38 @@ def write_rows(path: Path, records: list[dict]) -> None:
     write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def openings(passages: list[str], base: str, tokens: int) -> list[str]:
-    """The first `tokens` tokens of each passage's body, in an order drawn with a fixed seed; shorter ones are left."""
+def openings(passages: list[str], tokenizer: Any) -> list[str]:
+    """The first tokens of each passage's body, in an order drawn with a fixed seed; many short ones and few long ones
+    (the logarithm of the length is uniform)."""
+    rng = random.Random(0)
+    passages = list(passages)
+    rng.shuffle(passages)
+    ids = tokenizer([p.split("\n", 1)[-1] for p in passages], add_special_tokens=False).input_ids
+    lengths = [round(SHORTEST_OPENING * (LONGEST_OPENING / SHORTEST_OPENING) ** rng.random()) for _ in ids]
+    return [str(tokenizer.decode(row[:n])).strip() for row, n in zip(ids, lengths, strict=True)]
+
+
+def single(record: dict) -> dict:
+    """One question of a QA set, drawn by its text, over its document alone: a record of stage 1_2."""
+    question, answer = random.Random(record["docs"][0]).choice(
+        list(zip(record["question"], record["answers"], strict=True))
+    )
+    return {
+        "question": question, "docs": record["docs"], "golden_answers": [answer], "answer": answer, "pos_index": [0]
+    }  # fmt: skip
+
+
+def prepare(data: Path, target: Path, base: str, doc_max_length: int) -> None:
+    """Training files from the layout of the guide, each made once.
+
+    stage1.jsonl has the passages of at most `doc_max_length` tokens, stage1_qa.jsonl leaves its paraphrases out;
+    warm_up.jsonl says the openings of passages again, word by word; instruction.jsonl mixes the instruction file with
+    single questions of stage1_qa.jsonl; e2e.jsonl is the end-to-end file and the training questions of the pool with
+    their passages written out. All are shuffled with a fixed seed.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    passages = list(passages)
-    random.Random(0).shuffle(passages)
-    ids = tokenizer([p.split("\n", 1)[-1] for p in passages], add_special_tokens=False).input_ids
-    return [str(tokenizer.decode(row[:tokens])).strip() for row in ids if len(row) >= tokens]
-
-
-def prepare(data: Path, target: Path, base: str) -> None:
-    """Training files from the layout of the guide, each made once.
-
-    stage1.jsonl and instruction.jsonl are shuffled copies; e2e.jsonl is the end-to-end file and the training questions
-    of the pool with their passages written out; warm_up.jsonl says the openings of passages again, word by word;
-    stage1_qa.jsonl leaves paraphrases out.
-    """
 
     def shuffled(records: list[dict]) -> list[dict]:
         random.Random(0).shuffle(records)
@@ -260,16 +282,22 @@ def prepare(data: Path, target: Path, base: str) -> None:
 
     first = data / TRAIN_FILES[0]
     if not (target / "stage1.jsonl").is_file():
-        write_rows(target / "stage1.jsonl", shuffled(list(rows(first))))
+        records = shuffled(list(rows(first)))
+        ids = tokenizer([record["docs"][0] for record in records], add_special_tokens=False).input_ids
+        fit = [record for record, row in zip(records, ids, strict=True) if len(row) <= doc_max_length]
+        write_rows(target / "stage1.jsonl", fit)
     if not (target / "stage1_qa.jsonl").is_file():
-        write_rows(target / "stage1_qa.jsonl", shuffled([r for r in rows(first) if r["data_type"] == "qa"]))
+        found = [record for record in rows(target / "stage1.jsonl") if record["data_type"] == "qa"]
+        write_rows(target / "stage1_qa.jsonl", found)
     for name, source, limit in (("warm_up", first, None), ("warm_up_held_out", data / HELD_OUT, HELD_OUT_OPENINGS)):
         if not (target / f"{name}.jsonl").is_file():
-            starts = openings([record["docs"][0] for record in rows(source)], base, OPENING_TOKENS)[:limit]
+            starts = openings([record["docs"][0] for record in rows(source)], tokenizer)[:limit]
             says = [{"data_type": "paraphrase", "question": "", "answers": [text], "docs": [text]} for text in starts]
             write_rows(target / f"{name}.jsonl", says)
     if not (target / "instruction.jsonl").is_file():
-        write_rows(target / "instruction.jsonl", shuffled(list(rows(data / TRAIN_FILES[1]))))
+        records = list(rows(data / TRAIN_FILES[1]))
+        questions = itertools.islice(rows(target / "stage1_qa.jsonl"), SINGLE * len(records))
+        write_rows(target / "instruction.jsonl", shuffled(records + [single(record) for record in questions]))
     if not (target / "e2e.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[2]))
         if (data / POOL).is_file():
@@ -326,7 +354,7 @@ def carried_dense_model() -> str | None:
 
 
 def not_run(args: argparse.Namespace, plan: Plan) -> list[str]:
-    """Names of the whole plan's steps that this work has not done; a token part of a step is not the step."""
+    """Names of the whole plan's steps that this work has not done; a smaller part's step is not the step."""
     whole = plan
     if args.part != "full":
         whole = Plan(argparse.Namespace(**{**vars(args), "part": "full"}))
@@ -341,7 +369,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, help="directory with train/, eval/ and extra/")
     parser.add_argument("--base", default=".models/SmolLM2-135M-Instruct", help="base model")
-    parser.add_argument("--part", choices=PARTS, default="full", help="token: little of everything, for a CPU")
+    parser.add_argument(
+        "--part", choices=PARTS, default="full", help="cpu: one rate, short documents, an hour or two on a CPU"
+    )
     parser.add_argument("--work", type=Path, help="where everything goes (default: results/reproduction_PART)")
     parser.add_argument("--slice", type=float, default=0, help="stop after so many seconds (status 75); 0: never")
     parser.add_argument("--only", help="only steps whose name contains this")
@@ -371,7 +401,7 @@ def main() -> None:
             print(f"{'done' if step.done.is_file() else 'to do'}  {step.name}\n       {shlex.join(step.command[1:])}")
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    prepare(args.data, plan.data, args.base)
+    prepare(args.data, plan.data, args.base, plan.part.doc_max_length)
     try:
         finished = run(steps, args.work, args.slice)
     except KeyboardInterrupt:

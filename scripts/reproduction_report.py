@@ -1,6 +1,6 @@
 """Writes docs/REPRODUCTION.md from what scripts/reproduce_small.sh left; every figure is read from its files.
 
-    python scripts/reproduction_report.py --work results/reproduction_token --part token --out docs/REPRODUCTION.md
+    python scripts/reproduction_report.py --work results/reproduction_cpu --part cpu --out docs/REPRODUCTION.md
 
 What was not run is said to be not run.
 """

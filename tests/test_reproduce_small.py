@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from evaluation import evaluate
 from openrlhf.cli import train_sft
@@ -57,7 +58,7 @@ def plan(data: Path, base: Path, tmp_path: Path, part: str):
     return made
 
 
-@pytest.mark.parametrize("part", ["full", "token"])
+@pytest.mark.parametrize("part", ["full", "cpu"])
 def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_dir, tmp_path, part):
     base = base_dir("mistral")
     steps = plan(data, base, tmp_path, part).steps
@@ -81,7 +82,7 @@ def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_d
             assert {Path(folder) / "results.json" for folder in folders} <= {other.done for other in steps}
         else:
             assert step.name.startswith("fresh questions")
-    assert "text_rag" in trained and "stage2_rate16" in trained
+    assert "text_rag" in trained and "stage2_rate4" in trained
     assert ("ablation/without_mse/stage2" in trained) == (part == "full")
 
 
@@ -97,16 +98,30 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     more = [{**row, "doc_ids": i, "split": split} for row, i, split in zip(pool, ids, ("train", "dev"), strict=True)]
     (data / "extra" / "e2e_all_ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     target = tmp_path / "prepared"
-    reproduce.prepare(data, target, str(mistral))
+    tokenizer = AutoTokenizer.from_pretrained(mistral)
+    lengths = sorted(
+        len(tokenizer(json.loads(line)["docs"][0], add_special_tokens=False).input_ids)
+        for line in (data / "train" / "stage1_train.jsonl").read_text().splitlines()
+    )
+    longest = lengths[len(lengths) // 2]
+    reproduce.prepare(data, target, str(mistral), longest)
     assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, "30 of the file and one of the pool's two"
-    assert len(load_records(str(target / "instruction.jsonl"), "stage1_2")) == 30
+    assert len(load_records(str(target / "stage1.jsonl"), "stage1")) == sum(n <= longest for n in lengths) < 30
+    asked = list(load_records(str(target / "stage1_qa.jsonl"), "stage1"))
+    mixed = list(load_records(str(target / "instruction.jsonl"), "stage1_2"))
+    assert len(mixed) == 30 + len(asked)
+    pairs = {(q, a, row["docs"][0]) for row in asked for q, a in zip(row["question"], row["answers"], strict=True)}
+    single = [(row["question"][0], row["answers"][0], row["docs"][0]) for row in mixed if len(row["docs"]) == 1]
+    assert len(single) == len(asked) and set(single) <= pairs
     openings = [json.loads(line) for line in (target / "warm_up.jsonl").read_text().splitlines()]
     assert openings and all(row["docs"] == row["answers"] for row in openings)
-    originals = [row["docs"][0].split("\n", 1)[-1] for row in load_records(str(target / "stage1.jsonl"), "stage1")]
+    records = load_records(str(data / "train" / "stage1_train.jsonl"), "stage1")
+    originals = [row["docs"][0].split("\n", 1)[-1] for row in records]
     assert all(any(text.startswith(row["docs"][0][:20]) for text in originals) for row in openings)
+    assert all(len(tokenizer(row["docs"][0]).input_ids) <= reproduce.LONGEST_OPENING + 3 for row in openings)
     assert {row["data_type"] for row in load_records(str(target / "stage1_qa.jsonl"), "stage1")} == {"qa"}
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
-    reproduce.prepare(data, target, str(mistral))
+    reproduce.prepare(data, target, str(mistral), longest)
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
 
 
@@ -203,7 +218,7 @@ def test_the_page_says_which_aims_were_met_and_what_was_not_run(tmp_path):
     assert aims["the same, against before stage 2 at rate 16"].endswith("| missed |")
     text = out.read_text(encoding="utf-8")
     assert "`stage2_rate4`" in text and "not a measurement of the method" not in text
-    command[-1] = "token"
+    command[-1] = "cpu"
     subprocess.run([*command, "--not_run", str(left)], cwd=ROOT, check=True)
     text = out.read_text(encoding="utf-8")
     assert "not a measurement of the method" in text and "| met |" not in text and "39.86" not in text
@@ -222,7 +237,7 @@ def test_fresh_answers_are_right_when_they_hold_a_gold_answer():
 
 
 def test_a_list_of_steps_runs_nothing(data, mistral, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["reproduce_small", *flags(data, mistral, tmp_path, "--part", "token", "--list")])
+    monkeypatch.setattr(sys, "argv", ["reproduce_small", *flags(data, mistral, tmp_path, "--part", "cpu", "--list")])
     reproduce.main()
     shown = capsys.readouterr().out
-    assert "to do  stage2_rate16" in shown and not (tmp_path / "work").exists()
+    assert "to do  stage2_rate4" in shown and not (tmp_path / "work").exists()

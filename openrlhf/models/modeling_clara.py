@@ -38,6 +38,7 @@ from .lora import LoraLinear, fixed_linear
 from .prompts import DEFAULT_PROMPTS
 from .publish import push
 from .selection import retrieval_loss, select_documents
+from .spans import span_loss, spans
 from .tokens import ClaraTokens
 
 logger = logging.getLogger(__name__)
@@ -342,7 +343,9 @@ class CLaRa(Answering, PreTrainedModel):
             docs_KLD = F.normalize(docs_KLD.float(), dim=-1) * self.embedding_length
         return embeds_BTD.masked_scatter(memory_BT.unsqueeze(-1), docs_KLD.to(embeds_BTD.dtype))
 
-    def forward(self, batch: dict, compute_logits: bool = True) -> tuple[torch.Tensor, dict]:
+    def forward(
+        self, batch: dict, compute_logits: bool = True, compute_span_loss: bool = False
+    ) -> tuple[torch.Tensor, dict]:
         """The loss of one batch (SPEC 3, 4).
 
         Args:
@@ -351,12 +354,14 @@ class CLaRa(Answering, PreTrainedModel):
                 `[B, T]`; optionally `docs_per_question` `[B]` and `pos_index` (lists of positions). A stage2 batch
                 without `enc_input_ids` gets `docs_per_question` documents from `retriever`.
             compute_logits: False saves the LM head on every position that has no label.
+            compute_span_loss: also give `span_loss`, in stages that train the compressor.
 
         Returns:
             loss: cross-entropy, the mean over the batch's answer tokens (0 when none is left); for
                 stage2_pretrain_retrieval the mean of −log Σ_positives p over questions that have positives.
             outputs: `logits` `[B, T, V]` or None, `mse_loss` (0 in text_rag), `topk_idx` `[B, K]` or None, `scores`
-                `[B, N]` or None. In text_rag V is the base vocabulary alone, as fine-tuning the base model has it.
+                `[B, N]` or None, `span_loss` (mean over the documents) or None. In text_rag V is the base vocabulary
+                alone, as fine-tuning the base model has it.
 
         Raises:
             ValueError: an unknown stage, or counts that do not fit together.
@@ -364,7 +369,7 @@ class CLaRa(Answering, PreTrainedModel):
         stage = batch.get("stage")
         if stage not in STAGES:
             raise ValueError(f"batch['stage'] must be one of {STAGES}, got {stage!r}")
-        out: dict = {"logits": None, "topk_idx": None, "scores": None}
+        out: dict = {"logits": None, "topk_idx": None, "scores": None, "span_loss": None}
         if stage == TEXT_RAG:
             embeds_BTD = self.embed(batch["dec_input_ids"])
             loss, out["logits"] = self._answer_loss(batch, embeds_BTD, compute_logits, added=False)
@@ -372,6 +377,12 @@ class CLaRa(Answering, PreTrainedModel):
         counts_B = self._document_counts(batch, len(batch["labels"]))
         if stage in ("stage1", "stage1_2"):
             docs_MLD, mse_M = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
+            if compute_span_loss:
+                n_memory, rate = self.config.n_memory_tokens, self.config.compr_rate
+                stands_for = spans(
+                    batch["enc_input_ids"], batch["enc_attention_mask"], n_memory, rate, self.tokens.first_special_id
+                )
+                out["span_loss"] = span_loss(docs_MLD, *stands_for, lambda x_UD: self.head(x_UD, added=False)).mean()
         else:
             query_BLD, _ = self.compress(batch["query_input_ids"], batch["query_attention_mask"], QUERY)
             docs_MLD, mse_M = self._candidates(batch, query_BLD.detach(), counts_B)

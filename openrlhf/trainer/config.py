@@ -39,6 +39,7 @@ class TrainingConfig:
     qa_loss: bool = _flag(True, "stage 1: train on QA sets (off: paraphrases only)")
     mse_loss: bool = _flag(False, "add the MSE between memory and text means")
     mse_loss_weight: float = _flag(0.1, "lambda of the MSE loss")
+    span_loss_weight: float = _flag(0.0, "weight of the span loss: memory vectors name the tokens they stand for")
     topk_temperature: float = _flag(0.02, "tau of the straight-through top-k")
     lora_r: int = _flag(16, "rank of the adapters")
     reset_decoder: bool = _flag(False, "stage1_2: start a fresh generator adapter")
@@ -117,7 +118,7 @@ class TrainingConfig:
             "stage2_retrieval_top_n"
         )
         found += [f"--{name} must be positive" for name in positive.split() if not 0 < getattr(self, name) < math.inf]
-        not_negative = ("l2", "max_norm", "mse_loss_weight")
+        not_negative = ("l2", "max_norm", "mse_loss_weight", "span_loss_weight")
         found += [f"--{name} must not be negative" for name in not_negative if not 0 <= getattr(self, name) < math.inf]
         if self.compress_rate > 0 and self.doc_max_length % self.compress_rate:
             legal = [d for d in range(1, self.doc_max_length + 1) if self.doc_max_length % d == 0]
@@ -158,6 +159,7 @@ class TrainingConfig:
 
         first = ("stage1", "stage1_2")
         only("mse_loss", first, "the documents are frozen there")
+        only("span_loss_weight", first, "the documents are frozen there")
         only("freeze_memory_embeddings", first, "they are always frozen there")
         if stage == TEXT_RAG:
             only("pretrain_checkpoint", (), "")

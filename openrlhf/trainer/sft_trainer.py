@@ -176,10 +176,13 @@ class SFTTrainer:
     ) -> None:
         seed_everything(self.config.seed, "dropout", step, micro.number)
         inputs = self._to_device(batch)
-        loss, out = self.engine(batch=inputs, compute_logits=False)
+        loss, out = self.engine(batch=inputs, compute_logits=False, compute_span_loss=self.config.span_loss_weight > 0)
         objective = loss * (batch["loss_count"] / max(whole["losses"], 1))
         if self.mse_weight:
             objective = objective + self.mse_weight * out["mse_loss"] * (compressed(batch) / whole["docs"])
+        if out["span_loss"] is not None:
+            share = compressed(batch) / whole["docs"]
+            objective = objective + self.config.span_loss_weight * out["span_loss"] * share
         # The engine averages over ranks, the objective is already a share of the whole: undo the average.
         self.engine.backward(objective * (world_size() if micro.real else 0.0), last)
         if micro.real:
@@ -189,7 +192,7 @@ class SFTTrainer:
         return {key: v.to(self.device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
 
     def _no_sums(self) -> dict[str, float]:
-        names = ["loss", "losses", "mse", "docs", "tokens", "ranked", "questions", *COUNTED]
+        names = ["loss", "losses", "mse", "span", "docs", "tokens", "ranked", "questions", *COUNTED]
         return dict.fromkeys([*names, *(f"recall_{k}" for k in RECALL_AT), *ANSWER_SCORES], 0.0)
 
     def _add(self, sums: dict, batch: dict, loss: torch.Tensor, out: dict) -> None:
@@ -198,6 +201,8 @@ class SFTTrainer:
         sums["loss"] += float(loss.detach()) * batch["loss_count"]
         sums["losses"] += batch["loss_count"]
         sums["mse"] += float(out["mse_loss"].detach()) * n_docs
+        if out["span_loss"] is not None:
+            sums["span"] += float(out["span_loss"].detach()) * n_docs
         sums["docs"] += n_docs
         sums["tokens"] += batch["n_tokens"]
         for key in COUNTED:
@@ -217,6 +222,8 @@ class SFTTrainer:
         line = {"loss": total["loss"] / max(total["losses"], 1)}
         if total["docs"]:
             line["mse_loss"] = total["mse"] / total["docs"]
+            if self.config.span_loss_weight:
+                line["span_loss"] = total["span"] / total["docs"]
         if total["ranked"]:
             line.update({f"recall_{k}": total[f"recall_{k}"] / total["ranked"] for k in RECALL_AT})
         if total["questions"]:
@@ -238,6 +245,8 @@ class SFTTrainer:
         shown = {"loss": f"{line['loss']:.4f}"}
         if "mse_loss" in line:
             shown["mse"] = f"{line['mse_loss']:.4f}"
+        if "span_loss" in line:
+            shown["span"] = f"{line['span_loss']:.4f}"
         if "recall_1" in line:
             shown["recall@1"] = f"{line['recall_1']:.3f}"
         shown.update({"tok/s": f"{line['tokens_per_s']:.0f}", "GB": f"{line['memory_gb']:.1f}"})
@@ -268,7 +277,11 @@ class SFTTrainer:
             rows = self.rows(self.eval_data, micro.indices)
             batch = self.collate(rows, epoch=0, train=False)
             with torch.no_grad():
-                loss, out = self.engine.model(batch=self._to_device(batch), compute_logits=False)
+                loss, out = self.engine.model(
+                    batch=self._to_device(batch),
+                    compute_logits=False,
+                    compute_span_loss=self.config.span_loss_weight > 0,
+                )
             if not micro.real:
                 continue
             self._add(sums, batch, loss, out)

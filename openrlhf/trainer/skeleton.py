@@ -4,6 +4,7 @@ Contract: a `Plan` in, figures out. Knows nothing about the other layers, device
 """
 
 import copy
+import math
 import multiprocessing
 import resource
 import time
@@ -67,6 +68,7 @@ class Plan:
     question_tokens: float = 0
     lora_r: int = 16
     mse_loss: bool = False
+    span_loss_weight: float = 0.0
     freeze_query_reasoner: bool = False
     freeze_memory_embeddings: bool = False
     train_batch_size: int = 128
@@ -240,7 +242,19 @@ class Skeleton:
         embeds_BTD = self.embed(ids_BT).masked_scatter(memory_BT.unsqueeze(-1), docs_MLD)
         _on_gradient(embeds_BTD, lambda: mark("compressor, backward"))
         loss = self.answer_loss(embeds_BTD, mask_BT, mark)
+        if plan.span_loss_weight and mse is not None:
+            mark("LM head, memory vectors")
+            loss = loss + plan.span_loss_weight * self.span_loss(docs_MLD)
         return loss + 0.1 * mse.mean() if plan.mse_loss and mse is not None else loss
+
+    def span_loss(self, docs_MLD: torch.Tensor) -> torch.Tensor:
+        """`spans.span_loss` of documents that are all of one length."""
+        used = min(
+            docs_MLD.shape[1], math.ceil((round(self.plan.doc_tokens) + ROW_TOKENS - 1) / self.plan.compress_rate)
+        )
+        log_p_UV = self.head(docs_MLD[:, -used:].flatten(0, 1), added=False).float().log_softmax(-1)
+        ids_UR = torch.zeros(len(log_p_UV), self.plan.compress_rate, dtype=torch.long, device=self.device)
+        return -log_p_UV.gather(1, ids_UR).mean()
 
     def answer_loss(self, embeds_BTD: torch.Tensor, mask_BT: torch.Tensor, mark: Callable[[str], None]) -> torch.Tensor:
         """The generator's cross-entropy."""

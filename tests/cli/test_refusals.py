@@ -67,13 +67,13 @@ def test_rates_must_be_numbers(name, value):
     assert f"--{name} must be positive" in problems(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["l2", "max_norm", "mse_loss_weight"])
+@pytest.mark.parametrize("name", ["l2", "max_norm", "mse_loss_weight", "span_loss_weight"])
 @pytest.mark.parametrize("value", [-0.1, NAN])
 def test_weights_must_not_be_negative(name, value):
     assert f"--{name} must not be negative" in problems(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["l2", "max_norm", "mse_loss_weight"])
+@pytest.mark.parametrize("name", ["l2", "max_norm", "mse_loss_weight", "span_loss_weight"])
 def test_weights_may_be_zero(name, tmp_path):
     assert getattr(accepted(tmp_path, **{name: 0.0}), name) == 0
 
@@ -118,6 +118,11 @@ START = {"pretrain_checkpoint": "checkpoint"}
 COMBINATIONS = [
     ({"stage": "stage2", "mse_loss": True, **START}, "--mse_loss does not go with --stage stage2: the documents are"),
     ({"stage": RETRIEVAL, "mse_loss": True, **START}, f"--mse_loss does not go with --stage {RETRIEVAL}"),
+    (
+        {"stage": "stage2", "span_loss_weight": 0.5, **START},
+        "--span_loss_weight does not go with --stage stage2: the documents are frozen there",
+    ),
+    ({"stage": "text_rag", "span_loss_weight": 0.5}, "--span_loss_weight does not go with --stage text_rag: it reads"),
     ({"stage": "stage1", "document_store": "store"}, "--document_store does not go with --stage stage1"),
     (
         {"stage": "stage2", "document_store": "store", "zero_stage": 3, **START},

@@ -60,20 +60,21 @@ def test_the_parameters_are_those_of_the_model(mistral):
     assert found["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def real_peak(model, batch: dict) -> int:
+def real_peak(model, batch: dict, span_loss: bool = False) -> int:
     """The peak of live bytes of a real forward and backward pass."""
     model.train()
     ledger = Ledger([*model.parameters(), *model.buffers(), *(v for v in batch.values() if torch.is_tensor(v))])
     with letting_go(list(model.parameters())), ledger:
         ledger.mark("all")
-        loss, _ = model(batch=batch, compute_logits=False)
-        loss.backward()
+        loss, out = model(batch=batch, compute_logits=False, compute_span_loss=span_loss)
+        (loss + out["span_loss"] if span_loss else loss).backward()
     return ledger.peaks["all"]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", ["stage1", "stage1_2", "stage2", "text_rag"])
+@pytest.mark.parametrize("stage", ["stage1", "stage1, span loss", "stage1_2", "stage2", "text_rag"])
 def test_the_activations_are_those_of_a_real_pass(mistral, stage, checkpointing):
+    stage, _, span_loss = stage.partition(", ")
     n_docs, k = {"stage1": (1, 1), "stage1_2": (2, 2), "stage2": (3, 2), "text_rag": (2, 2)}[stage]
     text = stage == "text_rag"
     model = (tiny.text_rag_model if text else tiny.new_model)(mistral, generation_top_k=k)
@@ -102,9 +103,10 @@ def test_the_activations_are_those_of_a_real_pass(mistral, stage, checkpointing)
         micro_train_batch_size=4,
         zero_stage=3,  # compresses all documents at once, as `forward` does without a cache
         gradient_checkpointing=checkpointing,
+        span_loss_weight=1.0 if span_loss else 0.0,
     )
     found = counted(same, "cpu")
-    assert activations(found) == pytest.approx(real_peak(model, batch), rel=0.05)
+    assert activations(found) == pytest.approx(real_peak(model, batch, bool(span_loss)), rel=0.05)
 
 
 def test_a_straight_line_over_layers_is_what_all_layers_give():

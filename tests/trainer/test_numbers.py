@@ -10,7 +10,7 @@ from tests.trainer.launch import BASE_MODEL, ROOT, call, exact_trainer, flags
 
 CHECKPOINT = ROOT / "tests" / "data" / "vectors" / "checkpoints" / "c8_stage2"
 OPTIONS = {
-    "stage1": {"mse_loss": True, "mse_loss_weight": 0.5},
+    "stage1": {"mse_loss": True, "mse_loss_weight": 0.5, "span_loss_weight": 0.7},
     "stage2": {"pretrain_checkpoint": CHECKPOINT, "lora_r": 8, "topk_temperature": 0.2},
     "text_rag": {},
 }
@@ -63,11 +63,14 @@ def plain(arguments: list[str], steps: int) -> dict:
     for number in range(steps):
         epoch, indices = trainer.plan.global_batch(number)
         batch = build.build_collator(settings, model.tokens)(trainer.rows(trainer.data, indices), epoch)
-        loss, out = model(batch=batch)
+        loss, out = model(batch=batch, compute_span_loss=settings.span_loss_weight > 0)
         weight = settings.mse_loss_weight if settings.mse_loss else 0.0
         for p in learning.values():
             p.grad = None
-        (loss + weight * out["mse_loss"]).backward()
+        objective = loss + weight * out["mse_loss"]
+        if settings.span_loss_weight:
+            objective = objective + settings.span_loss_weight * out["span_loss"]
+        objective.backward()
         first = first or {name: p.grad.clone() for name, p in learning.items()}
         norm = torch.nn.utils.clip_grad_norm_(learning.values(), settings.max_norm)
         rate = settings.learning_rate * (1 - number / trainer.n_steps)
@@ -75,7 +78,11 @@ def plain(arguments: list[str], steps: int) -> dict:
             group["lr"] = rate
         optimizer.step()
         line = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate}
-        lines.append({**line, **({"mse_loss": out["mse_loss"].item()} if "enc_input_ids" in batch else {})})
+        if "enc_input_ids" in batch:
+            line["mse_loss"] = out["mse_loss"].item()
+        if settings.span_loss_weight:
+            line["span_loss"] = out["span_loss"].item()
+        lines.append(line)
     return {"lines": lines, "gradients": first, "weights": {n: p.detach().clone() for n, p in learning.items()}}
 
 
@@ -110,7 +117,7 @@ def test_accumulated_gradients_are_those_of_the_batch_in_one_piece(numbers, micr
 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_the_loss_of_an_accumulated_step_is_that_of_the_batch_in_one_piece(numbers, micro):
-    for name in {"loss", "mse_loss", "grad_norm"} & set(numbers[8]["lines"][0]):
+    for name in {"loss", "mse_loss", "span_loss", "grad_norm"} & set(numbers[8]["lines"][0]):
         one = [line[name] for line in numbers[8]["lines"]]
         assert [line[name] for line in numbers[micro]["lines"]] == pytest.approx(one, rel=2e-6), name
 
@@ -168,9 +175,11 @@ def hand_made_step() -> tuple[dict, list]:
     text = {"question": ["?"], "answers": ["!"]}
     data = [{**text, "docs": ["."], "batch": few}, {**text, "docs": [".", ".", "."], "batch": many}]
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1]])
-    engine = StubEngine([(1.0, {"mse_loss": torch.tensor(2.0), "scores": scores})])
-    engine.answers.append((5.0, {"mse_loss": torch.tensor(6.0), "scores": scores}))
+    figures = {"mse_loss": torch.tensor(2.0), "span_loss": torch.tensor(8.0), "scores": scores}
+    engine = StubEngine([(1.0, figures)])
+    engine.answers.append((5.0, {**figures, "mse_loss": torch.tensor(6.0), "span_loss": torch.tensor(4.0)}))
     options = {"train_batch_size": 2, "micro_train_batch_size": 1, "mse_loss": True, "mse_loss_weight": 0.5}
+    options["span_loss_weight"] = 0.25
     from tests.trainer.launch import config
 
     settings = config(flags(ROOT / "none", "stage1", BASE_MODEL, **options))
@@ -190,8 +199,11 @@ def test_figures_and_gradients_are_weighted_by_what_they_count():
     line, objectives = call(hand_made_step)
     assert line["loss"] == pytest.approx((9 * 1.0 + 1 * 5.0) / 10)
     assert line["mse_loss"] == pytest.approx((1 * 2.0 + 3 * 6.0) / 4)
+    assert line["span_loss"] == pytest.approx((1 * 8.0 + 3 * 4.0) / 4)
     assert [line[f"recall_{k}"] for k in (1, 3)] == pytest.approx([1 / 3, 1.0])  # three of four have positives
     assert (line["tokens"], line["answer_tokens"]) == (25, 10)
     assert (line["learning_rate"], line["grad_norm"]) == (0.25, 2.0)
-    assert [value for value, _ in objectives] == pytest.approx([0.9 * 1 + 0.5 * 2 / 4, 0.1 * 5 + 0.5 * 6 * 3 / 4])
+    of_first = 0.9 * 1 + 0.5 * 2 / 4 + 0.25 * 8 / 4
+    of_second = 0.1 * 5 + 0.5 * 6 * 3 / 4 + 0.25 * 4 * 3 / 4
+    assert [value for value, _ in objectives] == pytest.approx([of_first, of_second])
     assert [last for _, last in objectives] == [False, True]

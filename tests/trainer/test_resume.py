@@ -291,6 +291,7 @@ CHANGES = {
     "lora_r": (2, "lora_r: 4 then, 2 now"),
     "compress_rate": (4, "compress_rate: 8 then, 4 now"),
     "freeze_memory_embeddings": (True, "freeze_memory_embeddings: False then, True now"),
+    "span_loss_weight": (0.5, "span_loss_weight: 0.0 then, 0.5 now"),
     "rescale_memory": (True, "rescale_memory: False then, True now"),
     "zero_stage": (1, "zero_stage: 2 then, 1 now"),
     "bf16": (True, "bf16: False then, True now"),

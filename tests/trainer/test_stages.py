@@ -248,6 +248,19 @@ def test_the_mse_loss_trains_only_when_asked_for_and_with_its_weight(small):
     assert much.curve("grad_norm")[0] > off.curve("grad_norm")[0]
 
 
+def test_the_span_loss_trains_only_when_asked_for_and_with_its_weight(small):
+    runs = [
+        small("stage1", "without", source=""),
+        small("stage1", "little", source="", span_loss_weight=0.5),
+        small("stage1", "more", source="", span_loss_weight=30.0),
+    ]
+    without, little, more = runs
+    assert "span_loss" not in without.lines()[0] and little.curve("span_loss")[0] > 0
+    assert without.curve()[0] == little.curve()[0]  # the reported loss is CE alone
+    assert without.saved() != little.saved() != more.saved()
+    assert more.curve("grad_norm")[0] > without.curve("grad_norm")[0]
+
+
 def test_the_saved_config_says_how_the_checkpoint_was_made(chain):
     for stage, run in chain.items():
         fields = saved_config(run)
