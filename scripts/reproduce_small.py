@@ -9,7 +9,6 @@ results/reproduction_PART. Trains and measures nothing itself.
 
 import argparse
 import importlib.util
-import itertools
 import json
 import random
 import shlex
@@ -29,7 +28,7 @@ from openrlhf.utils.logging import write_whole
 TRAIN_FILES = ("train/stage1_train.jsonl", "train/instruction_train.jsonl", "train/e2e_train.jsonl")
 HELD_OUT = "train/stage1_val.jsonl"
 SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
-SINGLE = 3  # questions over one document for each over several
+SAY_AGAIN = "0.5,0.5"  # shares of QA sets and of openings to be said again, in stage 1
 POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 SLICE_OVER = 75
 ABLATED_RATE = 16
@@ -47,9 +46,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Part:
-    """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere."""
+    """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
+    question over several documents, stage 1_2 has `single` over one."""
 
     doc_max_length: int
+    single: int
     rates: tuple[int, ...]
     warm_up: Run
     stage1: Run
@@ -64,22 +65,24 @@ class Part:
 PARTS = {
     "full": Part(
         doc_max_length=256,
-        rates=(16, 4, 32, 64, 128),
+        single=3,
+        rates=(4, 16, 32, 64, 128),
         warm_up=Run(26000, 64, 1e-3, 2),
-        stage1=Run(26842, 64, 5e-4, 3),
+        stage1=Run(32000, 64, 5e-4, 2),
         stage1_2=Run(11808, 32, 2e-4, 2),
         stage2=Run(12922, 32, 5e-5, 1),
         text_rag=Run(24730, 32, 2e-4, 1),
         ablation=Run(5000, 64, 5e-4, 1),
         questions=None,
-        micro=32,
+        micro=64,
     ),
     "cpu": Part(
         doc_max_length=128,
+        single=9,
         rates=(4,),
         warm_up=Run(2400, 12, 1e-3),
-        stage1=Run(2400, 12, 5e-4),
-        stage1_2=Run(800, 8, 3e-4),
+        stage1=Run(1320, 12, 1e-3),
+        stage1_2=Run(800, 8, 5e-4),
         stage2=Run(64, 8, 2e-5),
         text_rag=Run(240, 8, 3e-4),
         ablation=None,
@@ -153,13 +156,19 @@ class Plan:
         self.train("text_rag", "text_rag", part.rates[0], questions, part.text_rag, None)
         for rate in part.rates:
             at = f"rate{rate}"
-            warm = self.train(
-                f"warm_up_{at}", "stage1", rate, [self.data / "warm_up.jsonl"], part.warm_up, None,
-                "--rescale_memory", "--span_loss_weight", "1", "--lr_scheduler", "constant_with_warmup",
-            )  # fmt: skip
+            openings, common = (
+                [self.data / "warm_up.jsonl"],
+                ("--rescale_memory", "--lr_scheduler", "constant_with_warmup"),
+            )
+            named = ("--span_loss_weight", "1")
+            warm = self.train(f"warm_up_{at}", "stage1", rate, openings, part.warm_up, None, *common, *named)
+            if rate == part.rates[0]:
+                unnamed = f"warm_up_without_span_loss_{at}"
+                self.train(unnamed, "stage1", rate, openings, part.warm_up, None, *common)
+                self.evaluate(unnamed, "pretraining", False)
             first = self.train(
-                f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl"], part.stage1, warm,
-                "--mse_loss", "--span_loss_weight", "0.3",
+                f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl", *openings], part.stage1,
+                warm, "--dataset_probs", SAY_AGAIN, "--mse_loss", "--span_loss_weight", "1",
             )  # fmt: skip
             second = self.train(f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, first, "--mse_loss")
             last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
@@ -264,10 +273,10 @@ def single(record: dict) -> dict:
     }  # fmt: skip
 
 
-def prepare(data: Path, target: Path, base: str, doc_max_length: int) -> None:
+def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     """Training files from the layout of the guide, each made once.
 
-    stage1.jsonl has the passages of at most `doc_max_length` tokens, stage1_qa.jsonl leaves its paraphrases out;
+    stage1.jsonl has the passages of at most `part.doc_max_length` tokens, stage1_qa.jsonl leaves its paraphrases out;
     warm_up.jsonl says the openings of passages again, word by word; instruction.jsonl mixes the instruction file with
     single questions of stage1_qa.jsonl; e2e.jsonl is the end-to-end file and the training questions of the pool with
     their passages written out. All are shuffled with a fixed seed.
@@ -284,7 +293,7 @@ def prepare(data: Path, target: Path, base: str, doc_max_length: int) -> None:
     if not (target / "stage1.jsonl").is_file():
         records = shuffled(list(rows(first)))
         ids = tokenizer([record["docs"][0] for record in records], add_special_tokens=False).input_ids
-        fit = [record for record, row in zip(records, ids, strict=True) if len(row) <= doc_max_length]
+        fit = [record for record, row in zip(records, ids, strict=True) if len(row) <= part.doc_max_length]
         write_rows(target / "stage1.jsonl", fit)
     if not (target / "stage1_qa.jsonl").is_file():
         found = [record for record in rows(target / "stage1.jsonl") if record["data_type"] == "qa"]
@@ -296,8 +305,9 @@ def prepare(data: Path, target: Path, base: str, doc_max_length: int) -> None:
             write_rows(target / f"{name}.jsonl", says)
     if not (target / "instruction.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[1]))
-        questions = itertools.islice(rows(target / "stage1_qa.jsonl"), SINGLE * len(records))
-        write_rows(target / "instruction.jsonl", shuffled(records + [single(record) for record in questions]))
+        questions = [single(record) for record in rows(target / "stage1_qa.jsonl")]
+        n = min(len(records), len(questions) // part.single)
+        write_rows(target / "instruction.jsonl", shuffled(shuffled(records)[:n] + questions[: n * part.single]))
     if not (target / "e2e.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[2]))
         if (data / POOL).is_file():
@@ -401,7 +411,7 @@ def main() -> None:
             print(f"{'done' if step.done.is_file() else 'to do'}  {step.name}\n       {shlex.join(step.command[1:])}")
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    prepare(args.data, plan.data, args.base, plan.part.doc_max_length)
+    prepare(args.data, plan.data, args.base, plan.part)
     try:
         finished = run(steps, args.work, args.slice)
     except KeyboardInterrupt:

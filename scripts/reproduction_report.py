@@ -146,7 +146,7 @@ def targets(results: Results) -> str:
 
 
 def aims(results: Results, part: str) -> str:
-    """What was aimed at, and the paper's figures beside ours; of a token part there is nothing to judge."""
+    """What was aimed at, and the paper's figures beside ours; of less than the whole plan there is nothing to judge."""
     if part != "full":
         return """## What was aimed at
 
@@ -236,10 +236,10 @@ def page(work: Path, part: str, not_run: list[str], shown: str = "") -> str:
             f"that is measured on them, were not run: {trained}."
         )
     opening = (
-        "This is a token part of the plan, on a machine without a GPU: it shows that every step works on the real "
-        "data, and how far so little training gets. **It is not a measurement of the method**, and no checkpoint of "
-        "it is shipped."
-        if part == "token"
+        "This is the part of the plan for machines without a GPU, one rate and short documents: it shows that the "
+        "steps work on the real data, and how far so little training gets. **It is not a measurement of the method**, "
+        "and no checkpoint of it is shipped."
+        if part == "cpu"
         else "The whole plan."
     )
     return f"""# Reproduction: the small model on real data
