@@ -137,7 +137,8 @@ class Plan:
         data = self.data / "warm_up_held_out.jsonl" if suite == "pretraining" else self.args.data / "eval"
         command = [sys.executable, "-m", "evaluation.evaluate", "--checkpoint", str(self.work / "checkpoints" / name)]
         command += ["--suite", suite, "--eval_data", str(data), "--output_dir", str(folder)]
-        command += ["--model_path", self.args.base, "--dtype", "bfloat16", "--max_new_tokens", "32", *flags]
+        command += ["--model_path", self.args.base, "--dtype", "bfloat16", *flags]
+        command += ["--max_new_tokens", str(LONGEST_OPENING if suite == "pretraining" else 32)]
         if self.part.questions and suite != "pretraining":
             command += ["--max_questions", str(self.part.questions)]
         if self.cuda:
@@ -174,6 +175,7 @@ class Plan:
             last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
             baselines = rate == part.rates[0]  # they are the same beside every rate
             self.evaluate(warm, "pretraining", baselines)
+            self.evaluate(first, "pretraining", False)
             self.evaluate(first, "instruction_tuning", False)
             self.evaluate(second, "instruction_tuning", baselines)
             self.evaluate(second, "end_to_end", False, "--copy_compressor")
