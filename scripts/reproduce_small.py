@@ -180,9 +180,11 @@ class Plan:
             self.evaluate(second, "instruction_tuning", baselines)
             self.evaluate(second, "end_to_end", False, "--copy_compressor")
             self.evaluate(last, "end_to_end", baselines)
-            answers = self.work / "fresh" / f"{second}.json"
-            command = [sys.executable, "scripts/ask_fresh.py", "--checkpoint", str(self.work / "checkpoints" / second)]
-            self.steps.append(Step(f"fresh questions {at}", [*command, "--out", str(answers)], answers))
+            for name in (first, second):
+                answers = self.work / "fresh" / f"{name}.json"
+                command = [sys.executable, "scripts/ask_fresh.py"]
+                command += ["--checkpoint", str(self.work / "checkpoints" / name), "--out", str(answers)]
+                self.steps.append(Step(f"fresh questions {name}", command, answers))
 
     def figures(self) -> None:
         """Pictures over the rates: answers of stage 1_2, answers and recall of stage 2."""
@@ -365,15 +367,17 @@ def carried_dense_model() -> str | None:
     return str(Path(found.origin).parent / "model")
 
 
-def not_run(args: argparse.Namespace, plan: Plan) -> list[str]:
-    """Names of the whole plan's steps that this work has not done; a smaller part's step is not the step."""
-    whole = plan
-    if args.part != "full":
-        whole = Plan(argparse.Namespace(**{**vars(args), "part": "full"}))
-        whole.main_runs()
-        whole.figures()
-        whole.ablations()
-    return [step.name for step in whole.steps if args.part != "full" or not step.done.is_file()]
+def not_run(args: argparse.Namespace, plan: Plan) -> dict[str, list[str]]:
+    """Names of the steps that are not done: of this part, and of the whole plan, of which a smaller part's steps are
+    none."""
+    left = [step.name for step in plan.steps if not step.done.is_file()]
+    if args.part == "full":
+        return {"part": left, "plan": left}
+    whole = Plan(argparse.Namespace(**{**vars(args), "part": "full"}))
+    whole.main_runs()
+    whole.figures()
+    whole.ablations()
+    return {"part": left, "plan": [step.name for step in whole.steps]}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -216,7 +216,21 @@ def fresh(work: Path) -> str:
     return "\n".join(parts) or "Not run.\n"
 
 
-def page(work: Path, part: str, not_run: list[str], shown: str = "") -> str:
+def missing(part: str, not_run: dict[str, list[str]]) -> str:
+    """What was not run: every step of the part, the training runs of the whole plan."""
+    said = []
+    if part != "full" and not_run["part"]:
+        said.append("Of this part: " + ", ".join(f"`{name}`" for name in not_run["part"]) + ".")
+    if not_run["plan"]:
+        trained = ", ".join(f"`{name}`" for name in not_run["plan"] if " " not in name)
+        said.append(
+            "Of the whole plan (`python scripts/reproduce_small.py --data data --list`) these training runs, and all "
+            f"that is measured on them: {trained}."
+        )
+    return "\n\n".join(said) or "Everything of the plan was run."
+
+
+def page(work: Path, part: str, not_run: dict[str, list[str]], shown: str = "") -> str:
     """The whole page."""
     results = Results(work)
     first = next(iter(results.runs.values()), None)
@@ -228,13 +242,6 @@ def page(work: Path, part: str, not_run: list[str], shown: str = "") -> str:
         command = f"PART={part} {command}"
     datasets = list(DATASET_LABELS) if part == "full" else [AVERAGE]
     runs = [measured(results, run, datasets) for run in results.runs if not run.startswith("ablation_")]
-    missing = "Everything of the plan was run."
-    if not_run:
-        trained = ", ".join(f"`{name}`" for name in not_run if " " not in name)
-        missing = (
-            "Of the whole plan (`python scripts/reproduce_small.py --data data --list`) these training runs, and all "
-            f"that is measured on them, were not run: {trained}."
-        )
     opening = (
         "This is the part of the plan for machines without a GPU, one rate and short documents: it shows that the "
         "steps work on the real data, and how far so little training gets. **It is not a measurement of the method**, "
@@ -274,7 +281,7 @@ Invented documents of `scripts/fresh_questions.jsonl`, answered through `AutoMod
 {fresh(work)}
 ## Not run
 
-{missing}
+{missing(part, not_run)}
 """
 
 
@@ -284,10 +291,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--part", default="full")
     parser.add_argument("--out", type=Path, default=Path("docs/REPRODUCTION.md"))
-    parser.add_argument("--not_run", type=Path, help="JSON list of the steps of the whole plan that were not run")
+    parser.add_argument(
+        "--not_run", type=Path, help="JSON: names of the steps of the part, and of the whole plan, not run"
+    )
     args = parser.parse_args()
     try:
-        not_run = json.loads(args.not_run.read_text(encoding="utf-8")) if args.not_run else []
+        not_run = json.loads(args.not_run.read_text(encoding="utf-8")) if args.not_run else {"part": [], "plan": []}
         write_whole(args.out, page(args.work, args.part, not_run, pictures(args.work, args.part, args.out)))
     except (ValueError, OSError) as error:
         sys.exit(f"reproduction_report: {error}")

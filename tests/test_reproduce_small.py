@@ -196,7 +196,7 @@ def test_the_page_says_which_aims_were_met_and_what_was_not_run(tmp_path):
     results(work, "stage1_2_rate16_select", "end_to_end", {("average", "oracle", "clara", "recall_5"): 0.55})
     out = tmp_path / "page.md"
     left = tmp_path / "left.json"
-    left.write_text('["stage2_rate4"]')
+    left.write_text('{"part": ["measure stage2_rate4 (end_to_end)"], "plan": ["stage2_rate4"]}')
     command = [
         sys.executable,
         "scripts/reproduction_report.py",
@@ -224,12 +224,13 @@ def test_the_page_says_which_aims_were_met_and_what_was_not_run(tmp_path):
     subprocess.run([*command, "--not_run", str(left)], cwd=ROOT, check=True)
     text = out.read_text(encoding="utf-8")
     assert "not a measurement of the method" in text and "| met |" not in text and "39.86" not in text
+    assert "Of this part: `measure stage2_rate4 (end_to_end)`." in text and "measured on them: `stage2_rate4`." in text
 
 
 def test_no_page_is_written_from_nothing(tmp_path):
     (tmp_path / "results").mkdir()
     with pytest.raises(ValueError, match="holds no measurement yet"):
-        report.page(tmp_path, "full", [])
+        report.page(tmp_path, "full", {"part": [], "plan": []})
 
 
 def test_fresh_answers_are_right_when_they_hold_a_gold_answer():
