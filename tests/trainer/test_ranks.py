@@ -9,7 +9,7 @@ from tests.trainer.facts import candidates, write_jsonl
 from tests.trainer.launch import Run, adapter, command, flags, start, train, weight_files
 from tests.trainer.test_numbers import CHECKPOINT
 
-FIGURES = ("loss", "mse_loss", "grad_norm", "learning_rate", "tokens", "answer_tokens")
+FIGURES = ("loss", "mse_loss", "span_loss", "grad_norm", "learning_rate", "tokens", "answer_tokens")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder) -> Run:
     """20 records, global batches of 8, 8 and 4 in micro-batches of 3, on one rank."""
-    return train(folder / "alone", mse_loss=True, max_epochs=2)
+    return train(folder / "alone", mse_loss=True, span_loss_weight=0.5, max_epochs=2)
 
 
 def close_weights(one, other, tolerance: float = 1e-5) -> None:
@@ -40,7 +40,7 @@ def same_curves(run: Run, alone: Run, tolerance: float = 1e-5) -> None:
 
 def test_two_ranks_train_as_one_does(folder, alone):
     """The real command under torchrun, as SPEC 6 gives it; the last share of one rank is a copy that does not count."""
-    arguments = flags(folder / "two", mse_loss=True, max_epochs=2)
+    arguments = flags(folder / "two", mse_loss=True, span_loss_weight=0.5, max_epochs=2)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     done = command(*torchrun, "-m", "openrlhf.cli.train_sft", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -54,7 +54,9 @@ def test_two_ranks_train_as_one_does(folder, alone):
 @pytest.mark.parametrize(("zero", "ranks"), [(1, 1), (3, 1), (1, 2), (3, 2)])
 def test_every_zero_stage_gives_the_same_curve_and_weights(folder, alone, zero, ranks):
     target = folder / f"zero{zero}x{ranks}"
-    run = start(target, flags(target, mse_loss=True, max_epochs=2, zero_stage=zero, save_steps=6), ranks).ok()
+    run = start(
+        target, flags(target, mse_loss=True, span_loss_weight=0.5, max_epochs=2, zero_stage=zero, save_steps=6), ranks
+    ).ok()
     same_curves(run, alone)
     close_weights(run.folder, alone.folder)
     (step,) = (run.folder / "checkpoints").glob("global_step*")
@@ -107,14 +109,14 @@ def test_two_ranks_learn_the_same_query_reasoner(stage2):
 
 
 def test_gradient_checkpointing_changes_nothing_under_dropout(folder, alone):
-    run = train(folder / "recomputed", mse_loss=True, max_epochs=2, gradient_checkpointing=True)
+    run = train(folder / "recomputed", mse_loss=True, span_loss_weight=0.5, max_epochs=2, gradient_checkpointing=True)
     assert run.figures() == alone.figures()
     assert run.saved() == alone.saved()
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bf16_trains_within_rounding(folder, alone, zero):
-    run = train(folder / f"bf16{zero}", mse_loss=True, max_epochs=2, bf16=True, zero_stage=zero)
+    run = train(folder / f"bf16{zero}", mse_loss=True, span_loss_weight=0.5, max_epochs=2, bf16=True, zero_stage=zero)
     assert run.curve() == pytest.approx(alone.curve(), rel=0.01)
     assert run.curve("mse_loss") == pytest.approx(alone.curve("mse_loss"), rel=0.05)
     weights = adapter(run.folder, "encoder")
@@ -123,13 +125,13 @@ def test_bf16_trains_within_rounding(folder, alone, zero):
 
 
 def test_another_seed_gives_another_run(folder, alone):
-    run = train(folder / "seed", mse_loss=True, max_epochs=2, seed=7)
+    run = train(folder / "seed", mse_loss=True, span_loss_weight=0.5, max_epochs=2, seed=7)
     assert run.curve() != alone.curve()
     assert run.saved() != alone.saved()
 
 
 def test_two_runs_with_one_seed_agree_bit_for_bit(folder, alone):
-    run = train(folder / "again", mse_loss=True, max_epochs=2)
+    run = train(folder / "again", mse_loss=True, span_loss_weight=0.5, max_epochs=2)
     assert run.figures() == alone.figures()
     assert run.saved() == alone.saved()
 
