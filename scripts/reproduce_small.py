@@ -110,6 +110,9 @@ class Plan:
         self.data = self.work / "data"
         self.steps: list[Step] = []
         self.cuda = torch.cuda.is_available()
+        self.main_runs()
+        self.figures()
+        self.ablations()
 
     def train(
         self, name: str, stage: str, rate: int, data: list[Path], run: Run, start: str | None, *flags: str
@@ -264,7 +267,7 @@ def openings(passages: list[str], tokenizer: Any) -> list[str]:
     rng.shuffle(passages)
     ids = tokenizer([p.split("\n", 1)[-1] for p in passages], add_special_tokens=False).input_ids
     lengths = [round(SHORTEST_OPENING * (LONGEST_OPENING / SHORTEST_OPENING) ** rng.random()) for _ in ids]
-    return [str(tokenizer.decode(row[:n])).strip() for row, n in zip(ids, lengths, strict=True)]
+    return [str(tokenizer.decode(row[:n])).strip() for row, n in zip(ids, lengths, strict=True) if row]
 
 
 def single(record: dict) -> dict:
@@ -374,9 +377,6 @@ def not_run(args: argparse.Namespace, plan: Plan) -> dict[str, list[str]]:
     if args.part == "full":
         return {"part": left, "plan": left}
     whole = Plan(argparse.Namespace(**{**vars(args), "part": "full"}))
-    whole.main_runs()
-    whole.figures()
-    whole.ablations()
     return {"part": left, "plan": [step.name for step in whole.steps]}
 
 
@@ -408,9 +408,6 @@ def main() -> None:
     """Entry point."""
     args = parse()
     plan = Plan(args)
-    plan.main_runs()
-    plan.figures()
-    plan.ablations()
     steps = [step for step in plan.steps if not args.only or args.only in step.name]
     if args.list:
         for step in steps:

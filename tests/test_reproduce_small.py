@@ -52,11 +52,7 @@ def flags(data: Path, base: Path, tmp_path: Path, *more: str) -> list[str]:
 
 
 def plan(data: Path, base: Path, tmp_path: Path, part: str):
-    made = reproduce.Plan(reproduce.parse(flags(data, base, tmp_path, "--part", part)))
-    made.main_runs()
-    made.figures()
-    made.ablations()
-    return made
+    return reproduce.Plan(reproduce.parse(flags(data, base, tmp_path, "--part", part)))
 
 
 @pytest.mark.parametrize("part", ["full", "cpu"])

@@ -1,7 +1,7 @@
 """The span loss: each memory vector is to name the tokens it stands for, through the LM head.
 
 Not part of the published method. There, the compressor learns only what the generator's loss sends back through the
-memory vectors, which a small model takes thousands of steps to make use of; here every vector has a target of its own.
+memory vectors, of which a small model makes no use for a long time; here every vector has a target of its own.
 Knows nothing about adapters or stages.
 """
 

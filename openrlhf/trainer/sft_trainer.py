@@ -89,6 +89,7 @@ class SFTTrainer:
         self.plan = BatchPlan(len(data), config.train_batch_size, config.micro_train_batch_size, config.seed)
         self.n_steps = self.plan.steps_per_epoch * config.max_epochs
         self.mse_weight = config.mse_loss_weight if config.mse_loss else 0.0
+        self.asked = {"compute_logits": False, "compute_span_loss": config.span_loss_weight > 0}
         self.last: dict[str, dict] = dict(log.last) if log is not None else {}
         self.seen: dict[str, float] = dict.fromkeys(COUNTED, 0)
 
@@ -176,12 +177,12 @@ class SFTTrainer:
     ) -> None:
         seed_everything(self.config.seed, "dropout", step, micro.number)
         inputs = self._to_device(batch)
-        loss, out = self.engine(batch=inputs, compute_logits=False, compute_span_loss=self.config.span_loss_weight > 0)
+        loss, out = self.engine(batch=inputs, **self.asked)
         objective = loss * (batch["loss_count"] / max(whole["losses"], 1))
+        share = compressed(batch) / max(whole["docs"], 1)
         if self.mse_weight:
-            objective = objective + self.mse_weight * out["mse_loss"] * (compressed(batch) / whole["docs"])
+            objective = objective + self.mse_weight * out["mse_loss"] * share
         if out["span_loss"] is not None:
-            share = compressed(batch) / whole["docs"]
             objective = objective + self.config.span_loss_weight * out["span_loss"] * share
         # The engine averages over ranks, the objective is already a share of the whole: undo the average.
         self.engine.backward(objective * (world_size() if micro.real else 0.0), last)
@@ -277,11 +278,7 @@ class SFTTrainer:
             rows = self.rows(self.eval_data, micro.indices)
             batch = self.collate(rows, epoch=0, train=False)
             with torch.no_grad():
-                loss, out = self.engine.model(
-                    batch=self._to_device(batch),
-                    compute_logits=False,
-                    compute_span_loss=self.config.span_loss_weight > 0,
-                )
+                loss, out = self.engine.model(batch=self._to_device(batch), **self.asked)
             if not micro.real:
                 continue
             self._add(sums, batch, loss, out)
