@@ -23,7 +23,8 @@ FIXED = (
     *("stage", "seed", "train_batch_size", "micro_train_batch_size", "max_epochs", "learning_rate", "lr_scheduler"),
     *("lr_warmup_ratio", "l2", "max_norm", "adam_betas", "mse_loss", "mse_loss_weight", "max_len", "generation_top_k"),
     *("topk_temperature", "zero_stage", "bf16", "doc_max_length", "compress_rate", "lora_r", "freeze_query_reasoner"),
-    *("span_loss_weight", "freeze_memory_embeddings", "rescale_memory", "stage2_mips", "stage2_retrieval_top_n"),
+    *("span_loss_weight", "freeze_memory_embeddings", "rescale_memory", "spread_memory", "stage2_mips"),
+    *("stage2_retrieval_top_n", "group_by_length"),
 )
 
 

@@ -1,7 +1,8 @@
 """Which records make up which micro-batch. A pure function of (seed, epoch, step): resuming needs no saved state.
 
 A global batch does not depend on the number of ranks or on the micro-batch size: it is drawn first, sorted by length
-so that its micro-batches need little padding, and only then dealt out.
+so that its micro-batches need little padding, and only then dealt out. Grouped by length, a global batch is drawn from
+among those of a window, whose records are sorted.
 """
 
 import functools
@@ -9,6 +10,9 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+WINDOW = 32
+"""Global batches whose records are sorted together when they are grouped by length."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class BatchPlan:
         batch_size: records of a global batch; the last one of an epoch may be smaller, none is left out.
         micro_size: records of a micro-batch.
         seed: of the permutation of each epoch.
+        length: of a record by its index, to group records of like length into global batches; None: drawn at random.
     """
 
     n_records: int
     batch_size: int
     micro_size: int
     seed: int
+    length: Callable[[int], int] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,6 +60,9 @@ class BatchPlan:
     def global_batch(self, step: int) -> tuple[int, list[int]]:
         """(epoch, record indices) of a step, counted from 0 over all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        if self.length is not None:
+            window, place = divmod(position, WINDOW)
+            return epoch, _window(self, epoch, window)[place]
         order = _epoch_order(self.n_records, self.seed, epoch)
         return epoch, order[position * self.batch_size : (position + 1) * self.batch_size]
 
@@ -66,3 +75,16 @@ class BatchPlan:
             real = number < len(chunks)
             mine.append(MicroBatch(chunks[number] if real else chunks[0][:1], number, real))
         return mine
+
+
+@functools.lru_cache(maxsize=2)
+def _window(plan: BatchPlan, epoch: int, number: int) -> list[list[int]]:
+    """The global batches of a window: of like length each, themselves in an order drawn by the seed."""
+    assert plan.length is not None
+    size = WINDOW * plan.batch_size
+    drawn = _epoch_order(plan.n_records, plan.seed, epoch)[number * size : (number + 1) * size]
+    length = {index: plan.length(index) for index in drawn}
+    drawn = sorted(drawn, key=lambda index: (length[index], index))
+    batches = [drawn[start : start + plan.batch_size] for start in range(0, len(drawn), plan.batch_size)]
+    random.Random(f"{plan.seed}/window/{epoch}/{number}").shuffle(batches)
+    return batches

@@ -27,6 +27,9 @@ class CLaRaConfig(PretrainedConfig):
         topk_temperature: tau of the straight-through selection.
         rescale_memory: the generator reads memory vectors at the mean length of the base model's input embeddings; not
             part of the published method, where they keep the several times greater length of hidden states.
+        spread_memory: in the compressor a memory token has the position of the last token that it stands for (see
+            `spans.spread_positions`), not one behind the document; not part of the published method, and not with
+            flash-attn.
         prompts: the texts of `prompts.DEFAULT_PROMPTS`, or None for a checkpoint whose prompts are not known.
 
     Every other field of a public `config.json` is kept as it is and written back.
@@ -55,6 +58,7 @@ class CLaRaConfig(PretrainedConfig):
         max_new_tokens: int = 128,
         topk_temperature: float = 0.02,
         rescale_memory: bool = False,
+        spread_memory: bool = False,
         stage2_retrieval_top_n: int = 1,
         pure_inference: bool = False,
         compr_model_name: str | None = None,
@@ -81,6 +85,7 @@ class CLaRaConfig(PretrainedConfig):
         self.max_new_tokens = max_new_tokens
         self.topk_temperature = topk_temperature
         self.rescale_memory = rescale_memory
+        self.spread_memory = spread_memory
         self.stage2_retrieval_top_n = stage2_retrieval_top_n
         self.pure_inference = pure_inference
         self.compr_model_name = compr_model_name
@@ -132,5 +137,10 @@ class CLaRaConfig(PretrainedConfig):
             )
         if self.topk_temperature <= 0:
             raise ValueError(f"topk_temperature must be positive, got {self.topk_temperature}")
+        if self.spread_memory and "flash" in (self.attn_implementation or ""):
+            raise ValueError(
+                f"spread_memory does not go with attn_implementation {self.attn_implementation}, which takes positions "
+                "that go back for the start of another text: use sdpa"
+            )
         if self.prompts is not None:
             check_prompts(self.prompts)

@@ -38,7 +38,7 @@ from .lora import LoraLinear, fixed_linear
 from .prompts import DEFAULT_PROMPTS
 from .publish import push
 from .selection import retrieval_loss, select_documents
-from .spans import span_loss, spans
+from .spans import span_loss, spans, spread_positions
 from .tokens import ClaraTokens
 
 logger = logging.getLogger(__name__)
@@ -279,9 +279,14 @@ class CLaRa(Answering, PreTrainedModel):
         added_BTD = F.embedding(slot_BT.clamp(0, len(rows_SD) - 1), rows_SD).to(embeds_BTD.dtype)
         return torch.where(added_BT.unsqueeze(-1), added_BTD, embeds_BTD)
 
-    def hidden(self, adapter: str, embeds_BTD: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
-        """Final hidden states `[B, T, D]` after the norm, through one adapter and without the LM head."""
+    def hidden(
+        self, adapter: str, embeds_BTD: torch.Tensor, mask_BT: torch.Tensor, spread: bool = False
+    ) -> torch.Tensor:
+        """Final hidden states `[B, T, D]` after the norm, through one adapter and without the LM head; of compressor
+        inputs with their memory tokens among the text where `spread`."""
         position_BT = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
+        if spread:
+            position_BT = spread_positions(position_BT, self.config.n_memory_tokens, self.config.compr_rate)
         with self.router.route(adapter):
             return self.decoder.base_model(
                 inputs_embeds=embeds_BTD, attention_mask=mask_BT.long(), position_ids=position_BT, use_cache=False
@@ -315,7 +320,7 @@ class CLaRa(Answering, PreTrainedModel):
         the batch is the loss.
         """
         n_memory = self.config.n_memory_tokens
-        hidden_MTD = self.hidden(adapter, self.embed(ids_MT), mask_MT)
+        hidden_MTD = self.hidden(adapter, self.embed(ids_MT), mask_MT, self.config.spread_memory)
         docs_MLD = hidden_MTD[:, -n_memory:]
         text_MT1 = mask_MT[:, :-n_memory].float().unsqueeze(-1)
         text_MD = (hidden_MTD[:, :-n_memory].float() * text_MT1).sum(1) / text_MT1.sum(1)

@@ -1,8 +1,9 @@
-"""The span loss: each memory vector is to name the tokens it stands for, through the LM head.
+"""Spans: the tokens that each memory vector stands for, and what follows from having them.
 
-Not part of the published method. There, the compressor learns only what the generator's loss sends back through the
-memory vectors, of which a small model makes no use for a long time; here every vector has a target of its own.
-Knows nothing about adapters or stages.
+The span loss asks each vector to name its tokens through the LM head; spread positions put each memory token beside
+them. Neither is part of the published method. There, the compressor learns only what the generator's loss sends back
+through the memory vectors, of which a small model makes no use for a long time, and it has to learn for each memory
+token anew how far behind the document's end its part lies. Knows nothing about adapters or stages.
 """
 
 from collections.abc import Callable
@@ -57,3 +58,19 @@ def span_loss(
     document_U = used_ML.nonzero()[:, 0]
     total_M = torch.zeros(len(docs_MLD), device=docs_MLD.device).index_add(0, document_U, named_UR.sum(1))
     return -total_M / words_MLR.sum((1, 2)).clamp(min=1)
+
+
+def spread_positions(position_MT: torch.Tensor, n_memory: int, rate: int) -> torch.Tensor:
+    """Positions with each memory token at that of the last token of its span (`spans`): `[M, T]`, int64.
+
+    The distance between a memory token and its tokens is then the same for every memory token, 0 to `rate` − 1, as
+    between neighbours in a text. Memory tokens that stand for nothing stay at 0.
+
+    Args:
+        position_MT: positions of compressor inputs, counted from 0 at the first token that is no padding.
+        n_memory: L, memory tokens at the end.
+        rate: R, tokens of a span.
+    """
+    text_MT = position_MT[:, :-n_memory]
+    behind_L = rate * torch.arange(n_memory - 1, -1, -1, device=position_MT.device)
+    return torch.cat([text_MT, (text_MT[:, -1:] - behind_L).clamp(min=0)], dim=1)

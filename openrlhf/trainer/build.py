@@ -19,7 +19,6 @@ from openrlhf.datasets.collators import (
     text_length,
 )
 from openrlhf.datasets.records import RETRIEVED, load_records
-from openrlhf.datasets.sampler import BatchPlan
 from openrlhf.models.adapters import DECODER, QUERY, adapter_state
 from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config, trained_state
 from openrlhf.models.configuration_clara import TEXT_RAG
@@ -33,6 +32,7 @@ from openrlhf.retrieval.layout import read_header
 from openrlhf.retrieval.store import Store
 from openrlhf.trainer import estimate
 from openrlhf.trainer.config import STAGE2, TrainingConfig
+from openrlhf.trainer.sft_trainer import batch_plan
 from openrlhf.trainer.skeleton import ROW_TOKENS
 from openrlhf.utils.distributed import Engine, barrier, rank, seed_everything, writing
 
@@ -153,6 +153,7 @@ def model_config(config: TrainingConfig, root: Path | None) -> CLaRaConfig:
             compr_rate=config.compress_rate,
             lora_r=config.lora_r,
             rescale_memory=config.rescale_memory,
+            spread_memory=config.spread_memory,
             prompts=DEFAULT_PROMPTS,
         )
     model.decoder_model_name = config.pretrain
@@ -358,7 +359,7 @@ def describe(config: TrainingConfig, model_cfg: CLaRaConfig, tokens: ClaraTokens
     tokens_a_record = sum(batch["n_tokens"] for batch in batches) / len(batches)
     widths = [padded_to(batch, config, model_cfg.n_memory_tokens) for batch in batches]
     widest = {name: max(width[name] for width in widths) for name in widths[0]}
-    plan = BatchPlan(len(data), config.train_batch_size, config.micro_train_batch_size, config.seed)
+    plan = batch_plan(config, data)
     share = plan.share(plan.global_batch(0)[1], lambda index: text_length(data[index]), rank=0, world=1)
     groups = [collate([{**data[i], "index": i} for i in micro.indices], epoch=0) for micro in share]
     padded = [padded_to(batch, config, model_cfg.n_memory_tokens) for batch in groups]

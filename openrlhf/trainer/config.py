@@ -48,6 +48,9 @@ class TrainingConfig:
     rescale_memory: bool = _flag(
         False, "stage 1 from a base model: the generator reads memory vectors at the length of input embeddings"
     )
+    spread_memory: bool = _flag(
+        False, "stage 1 from a base model: the compressor has a memory token at the position of those it stands for"
+    )
     freeze_memory_embeddings: bool = _flag(False, "stages 1 and 1_2: keep the memory embeddings as they are")
     document_store: str | None = _flag(
         None, "stage 2: a store of compressed documents to read candidates from; others are compressed"
@@ -67,6 +70,7 @@ class TrainingConfig:
 
     train_batch_size: int = _flag(128, "records of an optimiser step, over all ranks")
     micro_train_batch_size: int = _flag(8, "records of one forward pass of one rank")
+    group_by_length: bool = _flag(False, "records of a step are of like length: less padding where they are few")
     learning_rate: float = _flag(5e-6, "highest learning rate")
     lr_scheduler: Literal["cosine_with_min_lr", "linear", "cosine", "constant", "constant_with_warmup"] = _flag(
         "cosine_with_min_lr", "learning-rate schedule; cosine_with_min_lr ends at a tenth"
@@ -164,10 +168,15 @@ class TrainingConfig:
         if stage == TEXT_RAG:
             only("pretrain_checkpoint", (), "")
             only("rescale_memory", (), "")
-        elif self.rescale_memory and (stage not in first or self.pretrain_checkpoint):
-            found.append(
-                "--rescale_memory is chosen where training starts from the base model: a checkpoint keeps its choice"
+            only("spread_memory", (), "")
+        elif stage not in first or self.pretrain_checkpoint:
+            found.extend(
+                f"--{flag} is chosen where training starts from the base model: a checkpoint keeps its choice"
+                for flag in ("rescale_memory", "spread_memory")
+                if getattr(self, flag)
             )
+        if self.spread_memory and self.flash_attn:
+            found.append("--spread_memory does not go with --flash_attn, which takes its positions for several texts")
         only("reset_decoder", ("stage1_2",), "only stage1_2 can start a fresh generator")
         only("freeze_query_reasoner", ("stage2",), "only stage2 trains something beside the query reasoner")
         only("fresh_query_reasoner", STAGE2, "there is no query reasoner before stage 2")

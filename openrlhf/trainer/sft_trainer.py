@@ -39,6 +39,12 @@ ANSWER_SCORES = {"em": exact_match_score, "f1": f1_score, "cover_em": cover_exac
 STEP_NAME = "global_step"
 
 
+def batch_plan(config: TrainingConfig, data) -> BatchPlan:
+    """The order of training on these records."""
+    length = (lambda index: text_length(data[index])) if config.group_by_length else None
+    return BatchPlan(len(data), config.train_batch_size, config.micro_train_batch_size, config.seed, length)
+
+
 def compressed(batch: dict) -> int:
     """Documents of a batch that go through the compressor; none where they are read as text."""
     return len(batch.get("enc_input_ids", ()))
@@ -86,7 +92,7 @@ class SFTTrainer:
     ):
         self.engine, self.config, self.collate, self.device, self.log = engine, config, collate, device, log
         self.data, self.eval_data, self.answer, self.save_model = data, eval_data, answer, save_model
-        self.plan = BatchPlan(len(data), config.train_batch_size, config.micro_train_batch_size, config.seed)
+        self.plan = batch_plan(config, data)
         self.n_steps = self.plan.steps_per_epoch * config.max_epochs
         self.mse_weight = config.mse_loss_weight if config.mse_loss else 0.0
         self.asked = {"compute_logits": False, "compute_span_loss": config.span_loss_weight > 0}

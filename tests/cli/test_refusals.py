@@ -129,6 +129,8 @@ COMBINATIONS = [
         "--document_store does not go with --zero_stage 3",
     ),
     ({"stage": "stage1_2", "rescale_memory": True, **START}, "--rescale_memory is chosen where training starts"),
+    ({"stage": "stage2", "spread_memory": True, **START}, "--spread_memory is chosen where training starts"),
+    ({"stage": "stage1", "spread_memory": True, "flash_attn": True}, "--spread_memory does not go with --flash_attn"),
     ({"stage": "stage2", "freeze_memory_embeddings": True, **START}, "--freeze_memory_embeddings does not go with"),
     ({"stage": "stage1", "reset_decoder": True}, "--reset_decoder does not go with --stage stage1: only stage1_2"),
     ({"stage": "stage2", "reset_decoder": True, **START}, "--reset_decoder does not go with --stage stage2"),
@@ -169,8 +171,8 @@ COMBINATIONS = [
     *(
         ({"stage": "text_rag", flag: True}, f"--{flag} does not go with --stage text_rag: it reads documents as text")
         for flag in (
-            *("mse_loss", "freeze_memory_embeddings", "rescale_memory", "reset_decoder", "freeze_query_reasoner"),
-            "fresh_query_reasoner",
+            *("mse_loss", "freeze_memory_embeddings", "rescale_memory", "spread_memory", "reset_decoder"),
+            *("freeze_query_reasoner", "fresh_query_reasoner"),
         )
     ),
     ({"stage": "text_rag", **START}, "--pretrain_checkpoint does not go with --stage text_rag: it reads documents as"),

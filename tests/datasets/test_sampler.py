@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from openrlhf.datasets.sampler import BatchPlan
+from openrlhf.datasets.sampler import WINDOW, BatchPlan
 
 LENGTHS = [random.Random(i).randrange(10, 500) for i in range(1000)]
 SIZES = [(20, 8), (16, 8), (8, 8), (3, 8), (1, 1), (23, 1), (101, 7)]
@@ -107,3 +107,32 @@ def test_an_order_is_drawn_once_an_epoch_not_once_a_step():
     for step in range(1, 101):
         plan.global_batch(step)
     assert time.perf_counter() - began < 10 * first  # drawing anew would take 100 times as long as the first
+
+
+@pytest.mark.parametrize(("n", "batch"), [*SIZES, (300, 8), (256, 8), (257, 8)])
+def test_grouped_by_length_every_record_comes_once_an_epoch(n, batch):
+    plan = BatchPlan(n, batch, 2, 1, length)
+    epochs = [epoch_batches(plan, epoch) for epoch in (0, 1)]
+    for batches in epochs:
+        assert sorted(sum(batches, [])) == list(range(n)) and len(batches) == plan.steps_per_epoch
+        assert sorted(len(b) for b in batches)[1:] == [batch] * (len(batches) - 1)
+    assert n <= WINDOW * batch or sorted(map(sorted, epochs[0])) != sorted(map(sorted, epochs[1]))
+
+
+def test_grouped_by_length_a_step_has_records_of_like_length_and_the_steps_come_in_no_order_of_it():
+    drawn, grouped = (BatchPlan(1000, 4, 4, 0, of) for of in (None, length))
+    spread = [
+        sum(max(map(length, batch)) - min(map(length, batch)) for batch in epoch_batches(plan, 0))
+        for plan in (drawn, grouped)
+    ]
+    assert spread[1] < spread[0] / 20
+    longest = [max(map(length, batch)) for batch in epoch_batches(grouped, 0)[:WINDOW]]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_a_grouped_batch_is_a_function_of_the_step_alone_and_lengths_are_asked_for_a_window_at_a_time():
+    asked = []
+    plan = BatchPlan(1000, 4, 4, 0, lambda index: asked.append(index) or length(index))
+    backwards = [plan.global_batch(step) for step in reversed(range(250))]
+    assert len(asked) == 1000, "each window is sorted once"
+    assert [BatchPlan(1000, 4, 4, 0, length).global_batch(step) for step in range(250)] == backwards[::-1]

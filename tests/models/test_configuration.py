@@ -57,6 +57,15 @@ def test_impossible_values_are_refused_by_name_before_anything_loads(field, valu
         CLaRa.from_base(CLaRaConfig(decoder_model_name="/nowhere", **{field: value}))
 
 
+def test_spread_memory_does_not_go_with_flash_attention():
+    for attention in ("flash_attention_2", "flash_attention_3"):
+        config = CLaRaConfig(decoder_model_name="/nowhere", spread_memory=True, attn_implementation=attention)
+        with pytest.raises(ValueError, match=f"spread_memory does not go with attn_implementation {attention}"):
+            CLaRa.from_base(config)
+    for attention in (None, "sdpa", "eager"):
+        CLaRaConfig(spread_memory=True, attn_implementation=attention).check()
+
+
 def test_defaults_are_those_of_the_contract():
     config = CLaRaConfig()
     assert (config.doc_max_length, config.compr_rate, config.lora_r, config.max_new_tokens) == (256, 32, 16, 128)

@@ -1,12 +1,13 @@
-"""The span loss against a plain version: which tokens a memory vector stands for, and how well it names them."""
+"""Spans against plain versions: which tokens a memory vector stands for, how well it names them, and its place."""
 
 import math
 
 import pytest
 import torch
 
+from openrlhf.models.adapters import ENCODER
 from openrlhf.models.modeling_clara import CLaRa
-from openrlhf.models.spans import spans
+from openrlhf.models.spans import spans, spread_positions
 from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model
 
 LISTS = [[doc] for doc in DOCS[:3]]
@@ -70,3 +71,56 @@ def test_nothing_is_computed_unless_asked_for(model):
     with torch.no_grad():
         _, out = model(batch=make_batch(model, "stage1", LISTS, QUESTIONS, ANSWERS))
     assert out["span_loss"] is None
+
+
+@pytest.fixture
+def spread(mistral) -> CLaRa:
+    return new_model(mistral, spread_memory=True)
+
+
+def plain_positions(model: CLaRa, n_text: int) -> list[int]:
+    """Of a compressor input: the text's as they are, a memory token's that of the last token of its span."""
+    n_memory, rate = model.config.n_memory_tokens, model.config.compr_rate
+    positions = list(range(n_text))
+    for j in range(n_memory):
+        later_spans = n_memory - 1 - j
+        last = n_text - 1 - later_spans * rate
+        positions.append(last if last > 0 else 0)
+    return positions
+
+
+def test_a_spread_memory_token_has_the_position_of_the_last_token_of_its_span(spread):
+    ids, mask = spread.tokens.encoder_batch(spread.tokens.encoder_rows(["", *DOCS, " ".join(DOCS)]))
+    n_memory, rate = spread.config.n_memory_tokens, spread.config.compr_rate
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = spread_positions(position, n_memory, rate)
+    ids_MLR, words_MLR = spans(ids, mask, n_memory, rate, spread.tokens.first_special_id)
+    assert words_MLR.any(-1).all(-1).any(), "one document must fill all its vectors"
+    for row, own, kept, span, there in zip(ids, found, mask.bool(), ids_MLR, words_MLR, strict=True):
+        at = {int(p): int(token) for p, token in zip(own[:-n_memory], row, strict=False) if p > 0}
+        for position_of_memory, tokens, is_word in zip(own[-n_memory:], span, there, strict=True):
+            if is_word.all():
+                assert at[int(position_of_memory)] == int(tokens[-1])
+        assert own[kept].tolist() == plain_positions(spread, int(kept.sum()) - n_memory)
+
+
+def test_spread_vectors_are_those_of_the_decoder_at_these_positions(spread):
+    vectors, _ = spread.compress_documents(DOCS)  # of unequal lengths, so padded
+    for row, found in zip(spread.tokens.encoder_rows(DOCS), vectors, strict=True):
+        ids = torch.tensor([[*row, *spread.tokens.memory_ids]])
+        positions = torch.tensor([plain_positions(spread, len(row))])
+        given = {"inputs_embeds": spread.embed(ids), "attention_mask": torch.ones_like(ids), "position_ids": positions}
+        with torch.no_grad(), spread.router.route(ENCODER):
+            hidden = spread.decoder.base_model(**given, use_cache=False).last_hidden_state
+        torch.testing.assert_close(found, hidden[0, -len(found) :], rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_keeps_spread_memory_and_the_published_one_has_none(mistral, spread, tmp_path):
+    plain = new_model(mistral)
+    assert not plain.config.spread_memory
+    vectors, queries = spread.compress_documents(DOCS)[0], spread.encode_queries(QUESTIONS)
+    assert not torch.allclose(vectors, plain.compress_documents(DOCS)[0], atol=1e-2)
+    spread.save_pretrained(tmp_path / "checkpoint")
+    again = CLaRa.from_pretrained(tmp_path / "checkpoint")
+    assert torch.equal(again.compress_documents(DOCS)[0], vectors)
+    assert torch.equal(again.encode_queries(QUESTIONS), queries)

@@ -293,6 +293,8 @@ CHANGES = {
     "freeze_memory_embeddings": (True, "freeze_memory_embeddings: False then, True now"),
     "span_loss_weight": (0.5, "span_loss_weight: 0.0 then, 0.5 now"),
     "rescale_memory": (True, "rescale_memory: False then, True now"),
+    "spread_memory": (True, "spread_memory: False then, True now"),
+    "group_by_length": (True, "group_by_length: False then, True now"),
     "zero_stage": (1, "zero_stage: 2 then, 1 now"),
     "bf16": (True, "bf16: False then, True now"),
 }
