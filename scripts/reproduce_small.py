@@ -30,6 +30,7 @@ HELD_OUT = "train/stage1_val.jsonl"
 SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
 SAY_AGAIN = "0.5,0.5"  # shares of QA sets and of openings to be said again, in stage 1
 POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
+CONSTANT = "constant_with_warmup"
 SLICE_OVER = 75
 ABLATED_RATE = 16
 
@@ -78,11 +79,11 @@ PARTS = {
     ),
     "cpu": Part(
         doc_max_length=128,
-        single=9,
+        single=19,
         rates=(4,),
-        warm_up=Run(2400, 12, 1e-3),
-        stage1=Run(1320, 12, 1e-3),
-        stage1_2=Run(560, 8, 5e-4),
+        warm_up=Run(1200, 4, 1e-3),
+        stage1=Run(1280, 4, 8e-4),
+        stage1_2=Run(600, 4, 2e-4),
         stage2=Run(64, 8, 2e-5),
         text_rag=Run(240, 8, 3e-4),
         ablation=None,
@@ -121,11 +122,12 @@ class Plan:
         folder = self.work / "checkpoints" / name
         micro = min(self.part.micro if stage != "text_rag" else max(1, self.part.micro // 4), run.batch)
         command = [sys.executable, "-m", "openrlhf.cli.train_sft", "--stage", stage, "--pretrain", self.args.base]
-        command += ["--dataset", ",".join(map(str, data)), "--bf16", "--seed", "42"]
+        command += ["--dataset", ",".join(map(str, data)), "--seed", "42", *(["--bf16"] if self.cuda else [])]
         command += ["--doc_max_length", str(self.part.doc_max_length), "--compress_rate", str(rate)]
         command += ["--max_samples", str(run.samples), "--max_epochs", str(run.epochs), "--learning_rate", str(run.lr)]
         command += ["--train_batch_size", str(run.batch), "--micro_train_batch_size", str(micro)]
         command += ["--generation_top_k", "1" if stage == "stage1" else "5", "--eval_steps", "1000000"]
+        command += ["--group_by_length"]
         command += ["--save_path", str(folder), "--ckpt_path", str(folder / "checkpoints"), "--save_steps", "20"]
         command += ["--max_ckpt_num", "1", "--load_checkpoint", *flags]
         if start:
@@ -140,7 +142,7 @@ class Plan:
         data = self.data / "warm_up_held_out.jsonl" if suite == "pretraining" else self.args.data / "eval"
         command = [sys.executable, "-m", "evaluation.evaluate", "--checkpoint", str(self.work / "checkpoints" / name)]
         command += ["--suite", suite, "--eval_data", str(data), "--output_dir", str(folder)]
-        command += ["--model_path", self.args.base, "--dtype", "bfloat16", *flags]
+        command += ["--model_path", self.args.base, "--dtype", "bfloat16" if self.cuda else "float32", *flags]
         command += ["--max_new_tokens", str(LONGEST_OPENING if suite == "pretraining" else 32)]
         if self.part.questions and suite != "pretraining":
             command += ["--max_questions", str(self.part.questions)]
@@ -160,21 +162,20 @@ class Plan:
         self.train("text_rag", "text_rag", part.rates[0], questions, part.text_rag, None)
         for rate in part.rates:
             at = f"rate{rate}"
-            openings, common = (
-                [self.data / "warm_up.jsonl"],
-                ("--rescale_memory", "--lr_scheduler", "constant_with_warmup"),
-            )
-            named = ("--span_loss_weight", "1")
-            warm = self.train(f"warm_up_{at}", "stage1", rate, openings, part.warm_up, None, *common, *named)
-            if rate == part.rates[0]:
-                unnamed = f"warm_up_without_span_loss_{at}"
-                self.train(unnamed, "stage1", rate, openings, part.warm_up, None, *common)
-                self.evaluate(unnamed, "pretraining", False)
+            openings, rescaled = [self.data / "warm_up.jsonl"], ("--rescale_memory", "--lr_scheduler", CONSTANT)
+            spread, named = ("--spread_memory",), ("--span_loss_weight", "1")
+            warm = self.train(f"warm_up_{at}", "stage1", rate, openings, part.warm_up, None, *rescaled, *spread, *named)
+            for without, kept in (("span_loss", spread), ("spread", named)) if rate == part.rates[0] else ():
+                control = f"warm_up_without_{without}_{at}"
+                self.train(control, "stage1", rate, openings, part.warm_up, None, *rescaled, *kept)
+                self.evaluate(control, "pretraining", False)
             first = self.train(
                 f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl", *openings], part.stage1,
-                warm, "--dataset_probs", SAY_AGAIN, "--mse_loss", "--span_loss_weight", "1",
+                warm, "--dataset_probs", SAY_AGAIN, "--mse_loss", *named,
             )  # fmt: skip
-            second = self.train(f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, first, "--mse_loss")
+            second = self.train(
+                f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, first, "--mse_loss", *named
+            )
             last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
             baselines = rate == part.rates[0]  # they are the same beside every rate
             self.evaluate(warm, "pretraining", baselines)

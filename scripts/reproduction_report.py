@@ -21,6 +21,7 @@ from openrlhf.utils.logging import METRICS_FILE, read_metrics, write_whole
 METRICS = {"cover_em": "Cover-EM", "recall_5": "Recall@5"}
 SAID_AGAIN = {"rouge_1": "ROUGE-1", "rouge_l": "ROUGE-L"}
 SETTINGS = ("normal", "oracle")
+TRAINED = ["run", "stage", "precision", "steps × records", "learning rate", "loss", "span loss", "minutes"]
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
@@ -63,6 +64,14 @@ class Results:
         return sorted(found, key=lambda name: name != SYSTEM)
 
 
+def keep_metrics(work: Path, part: str, out: Path) -> None:
+    """Copies the metrics of every training run of a part that is not whole beside the page, for others to check."""
+    for path in sorted((work / "checkpoints").rglob(METRICS_FILE)) if part != "full" else ():
+        target = out.parent / "reproduction" / part / f"{path.parent.name}.jsonl"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+
+
 def training_rows(work: Path) -> list[list[str]]:
     """Losses of each training run: means over the first and last quarter of its steps."""
     rows = []
@@ -78,7 +87,12 @@ def training_rows(work: Path) -> list[list[str]]:
         size = f"{len(lines)} × {settings['train_batch_size']}"
         minutes = f"{seconds[name] / 60:.0f}" if name in seconds else "–"
         losses = f"{means[0]:.2f} → {means[1]:.2f}"
-        rows.append([f"`{name}`", settings["stage"], size, f"{settings['learning_rate']:g}", losses, minutes])
+        spans = [line["span_loss"] for line in lines[-quarter:] if "span_loss" in line]
+        span = f"{sum(spans) / quarter:.2f}" if spans else "–"
+        precision = "bfloat16" if settings["bf16"] else "float32"
+        rows.append(
+            [f"`{name}`", settings["stage"], precision, size, f"{settings['learning_rate']:g}", losses, span, minutes]
+        )
     return rows
 
 
@@ -244,8 +258,7 @@ def page(work: Path, part: str, not_run: dict[str, list[str]], shown: str = "") 
     runs = [measured(results, run, datasets) for run in results.runs if not run.startswith("ablation_")]
     opening = (
         "This is the part of the plan for machines without a GPU, one rate and short documents: it shows that the "
-        "steps work on the real data, and how far so little training gets. **It is not a measurement of the method**, "
-        "and no checkpoint of it is shipped."
+        "steps work on the real data, and how far so little training gets. **It is not a measurement of the method**."
         if part == "cpu"
         else "The whole plan."
     )
@@ -260,9 +273,10 @@ on {first["started"][:10]} ({where}, commit {first["git"]["commit"][:10]}). {ope
 
 ## What was trained
 
-SmolLM2-135M-Instruct, bfloat16, seed 42. Loss: mean of the first → of the last quarter of the steps, nats a token.
+SmolLM2-135M-Instruct, seed 42. Loss: mean of the first → of the last quarter of the steps, nats a token. Span
+loss: mean of the last quarter.{" Every step is in `reproduction/cpu/`." if part == "cpu" else ""}
 
-{table(["run", "stage", "steps × records", "learning rate", "loss", "minutes"], training_rows(work))}
+{table(TRAINED, training_rows(work))}
 
 {aims(results, part)}
 ## What was measured
@@ -297,6 +311,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         not_run = json.loads(args.not_run.read_text(encoding="utf-8")) if args.not_run else {"part": [], "plan": []}
+        keep_metrics(args.work, args.part, args.out)
         write_whole(args.out, page(args.work, args.part, not_run, pictures(args.work, args.part, args.out)))
     except (ValueError, OSError) as error:
         sys.exit(f"reproduction_report: {error}")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from evaluation import evaluate
@@ -66,7 +67,11 @@ def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_d
         program, given = step.command[2], step.command[3:]
         if program == "openrlhf.cli.train_sft":
             config = train_sft.parse(given)
-            assert config.bf16 and config.load_checkpoint and config.save_path == str(step.done.parent)
+            assert (
+                config.bf16 == torch.cuda.is_available()
+                and config.load_checkpoint
+                and config.save_path == str(step.done.parent)
+            )
             start = config.pretrain_checkpoint
             assert start is None or Path(start).relative_to(tmp_path / "work" / "checkpoints").as_posix() in trained
             trained.append(step.name)
