@@ -168,7 +168,8 @@ class Skeleton:
     def __init__(self, plan: Plan, layers: int, device: str, fake: FakeTensorMode | None = None):
         config = shortened(plan.base, layers)
         self.plan, self.device = plan, device
-        self.config = SimpleNamespace(n_memory_tokens=plan.n_memory_tokens)
+        # Where memory tokens stand changes no size.
+        self.config = SimpleNamespace(n_memory_tokens=plan.n_memory_tokens, spread_memory=False)
         with torch.device("meta" if fake else device):
             self.decoder: Any = AutoModelForCausalLM.from_config(config, dtype=plan.dtype)
             names = (ENCODER, DECODER, *((QUERY,) if plan.stage in STAGE2 else ()))
