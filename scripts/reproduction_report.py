@@ -218,15 +218,20 @@ def pictures(work: Path, part: str, out: Path) -> str:
     return "\n\n".join(shown) + "\n"
 
 
+def fresh_table(lines: list[dict]) -> str:
+    """Answers of scripts/ask_fresh.py beside the gold ones."""
+    rows = [[line["question"], line["golden_answers"][0], line["answer"].replace("|", "\\|"),
+             "right" if line["right"] else "wrong"] for line in lines]  # fmt: skip
+    return table(["question", "gold", "answer", ""], rows)
+
+
 def fresh(work: Path) -> str:
     """The ten questions about invented documents, with the answers given."""
     parts = []
     for path in sorted((work / "fresh").glob("*.json")):
         lines = json.loads(path.read_text(encoding="utf-8"))["answers"]
         parts.append(f"`{path.stem}`: {sum(line['right'] for line in lines)} of {len(lines)} right.\n")
-        rows = [[line["question"], line["golden_answers"][0], line["answer"].replace("|", "\\|"),
-                 "right" if line["right"] else "wrong"] for line in lines]  # fmt: skip
-        parts.append(table(["question", "gold", "answer", ""], rows) + "\n")
+        parts.append(fresh_table(lines) + "\n")
     return "\n".join(parts) or "Not run.\n"
 
 

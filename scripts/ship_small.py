@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reproduction_report import SAID_AGAIN, Results, percent, table
+from reproduction_report import SAID_AGAIN, Results, fresh_table, percent, table
 
 from evaluation.report_data import SYSTEM_LABELS
 from evaluation.scoring import SYSTEM
@@ -28,8 +28,9 @@ DATA = """| data | what of it | licence |
 | SQuAD 1.1 | passages and questions | CC BY-SA 4.0 |
 | Natural Questions, through QED | passages and questions | CC BY-SA 3.0 |
 | FairytaleQA | passages and questions | Apache-2.0 |
-| OneStopEnglish | paragraphs and their simpler versions | CC BY-SA 4.0 |
-| HotpotQA, 2WikiMultiHopQA, MuSiQue | training questions, in stage1_2 | CC BY-SA 4.0, Apache-2.0, CC BY 4.0 |"""
+| OneStopEnglish | paragraphs and their simpler versions | CC BY-SA 4.0 |"""
+DATA_OF_STAGE1_2 = """
+| HotpotQA, 2WikiMultiHopQA, MuSiQue | training questions with five passages | CC BY-SA 4.0, Apache-2.0, CC BY 4.0 |"""
 
 
 def stages(work: Path, name: str) -> list[tuple[str, dict]]:
@@ -66,14 +67,10 @@ def card(work: Path, name: str, answers: list[dict], model: CLaRa) -> str:
         for run, s in stages(work, name)
     ]
     said = [
-        [f"`{run.removesuffix('_say_again')}`", SAID_AGAIN[metric], percent(figure)]
-        for run in results.runs
-        if run == f"{name}_say_again"
-        for figure in results.runs[run]["figures"]
-        if figure["system"] == SYSTEM and (metric := figure["metric"]) in SAID_AGAIN
+        [f"`{name}`", SAID_AGAIN[figure["metric"]], percent(figure)]
+        for figure in results.runs.get(f"{name}_say_again", {"figures": []})["figures"]
+        if figure["system"] == SYSTEM and figure["metric"] in SAID_AGAIN
     ]
-    fresh = [[line["question"], line["golden_answers"][0], line["answer"].replace("|", "\\|"),
-              "right" if line["right"] else "wrong"] for line in answers]  # fmt: skip
     config, unfinished = model.config, ""
     if right < WANTED:
         unfinished = f"""
@@ -112,7 +109,7 @@ given with `decoder_model_name=`.
 It leaves the published method in three ways: `--rescale_memory`, `--spread_memory` and `--span_loss_weight`
 (docs/TRAINING_GUIDE.md); and `warm_up`, like half of `stage1`, only says the openings of passages again.
 
-{DATA}
+{DATA}{DATA_OF_STAGE1_2 if any(row[1] == "stage1_2" for row in trained) else ""}
 
 The base model is Apache-2.0. None of the data is in the evaluation sets.
 
@@ -121,7 +118,7 @@ The base model is Apache-2.0. None of the data is in the evaluation sets.
 {right} of {len(answers)} fresh questions about invented documents
 (`python scripts/ask_fresh.py --checkpoint example/checkpoint`):
 
-{table(["question", "gold", "answer", ""], fresh)}
+{fresh_table(answers)}
 
 {read_figures(results, f"{name}_read")}
 Openings of held-out passages, 16 to 128 tokens, said again from their vectors, %:
