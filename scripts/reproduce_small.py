@@ -29,6 +29,7 @@ TRAIN_FILES = ("train/stage1_train.jsonl", "train/instruction_train.jsonl", "tra
 HELD_OUT = "train/stage1_val.jsonl"
 SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
 SAY_AGAIN = "0.5,0.5"  # shares of QA sets and of openings to be said again, in stage 1
+SAY_MORE = "0.35,0.65"  # the same, where stage 1 goes on
 POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 CONSTANT = "constant_with_warmup"
 SLICE_OVER = 75
@@ -48,7 +49,8 @@ class Run:
 @dataclass(frozen=True)
 class Part:
     """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
-    question over several documents, stage 1_2 has `single` over one."""
+    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with `stage1_more`, over passages
+    of at most `short` tokens, of which stage 1_2 then takes its single questions."""
 
     doc_max_length: int
     single: int
@@ -59,6 +61,8 @@ class Part:
     stage2: Run
     text_rag: Run
     ablation: Run | None
+    stage1_more: Run | None
+    short: int
     questions: int | None
     micro: int
 
@@ -74,6 +78,8 @@ PARTS = {
         stage2=Run(12922, 32, 5e-5, 1),
         text_rag=Run(24730, 32, 2e-4, 1),
         ablation=Run(5000, 64, 5e-4, 1),
+        stage1_more=None,
+        short=256,
         questions=None,
         micro=64,
     ),
@@ -83,10 +89,12 @@ PARTS = {
         rates=(4,),
         warm_up=Run(1200, 4, 1e-3),
         stage1=Run(1280, 4, 8e-4),
-        stage1_2=Run(600, 4, 2e-4),
+        stage1_2=Run(800, 4, 4e-4),
         stage2=Run(64, 8, 2e-5),
         text_rag=Run(240, 8, 3e-4),
         ablation=None,
+        stage1_more=Run(2400, 4, 8e-4),
+        short=80,
         questions=2,
         micro=4,
     ),
@@ -173,18 +181,26 @@ class Plan:
                 f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl", *openings], part.stage1,
                 warm, "--dataset_probs", SAY_AGAIN, "--mse_loss", *named,
             )  # fmt: skip
+            trained = first
+            if part.stage1_more:
+                new = [self.data / "stage1_short.jsonl", self.data / "openings_more.jsonl"]
+                trained = self.train(
+                    f"stage1_more_{at}", "stage1", rate, new, part.stage1_more,
+                    first, "--dataset_probs", SAY_MORE, "--mse_loss", *named,
+                )  # fmt: skip
             second = self.train(
-                f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, first, "--mse_loss", *named
+                f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, trained, "--mse_loss", *named
             )
             last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
             baselines = rate == part.rates[0]  # they are the same beside every rate
             self.evaluate(warm, "pretraining", baselines)
-            self.evaluate(first, "pretraining", False)
-            self.evaluate(first, "instruction_tuning", False)
+            for name in dict.fromkeys((first, trained)):
+                self.evaluate(name, "pretraining", False)
+            self.evaluate(trained, "instruction_tuning", False)
             self.evaluate(second, "instruction_tuning", baselines)
             self.evaluate(second, "end_to_end", False, "--copy_compressor")
             self.evaluate(last, "end_to_end", baselines)
-            for name in (first, second):
+            for name in dict.fromkeys((first, trained, second)):
                 answers = self.work / "fresh" / f"{name}.json"
                 command = [sys.executable, "scripts/ask_fresh.py"]
                 command += ["--checkpoint", str(self.work / "checkpoints" / name), "--out", str(answers)]
@@ -285,13 +301,19 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     """Training files from the layout of the guide, each made once.
 
     stage1.jsonl has the passages of at most `part.doc_max_length` tokens, stage1_qa.jsonl leaves its paraphrases out;
-    warm_up.jsonl says the openings of passages again, word by word; instruction.jsonl mixes the instruction file with
-    single questions of stage1_qa.jsonl; e2e.jsonl is the end-to-end file and the training questions of the pool with
-    their passages written out. All are shuffled with a fixed seed.
+    warm_up.jsonl says the openings of passages again, word by word. stage1_short.jsonl has the passages of at most
+    `part.short` tokens; it and openings_more.jsonl are turned round, so that what was not used yet comes first.
+    instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl is the
+    end-to-end file and the training questions of the pool with their passages written out. All are shuffled with a
+    fixed seed.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def at_most(records: list[dict], longest: int) -> list[dict]:
+        ids = tokenizer([record["docs"][0] for record in records], add_special_tokens=False).input_ids
+        return [record for record, row in zip(records, ids, strict=True) if len(row) <= longest]
 
     def shuffled(records: list[dict]) -> list[dict]:
         random.Random(0).shuffle(records)
@@ -299,10 +321,7 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
 
     first = data / TRAIN_FILES[0]
     if not (target / "stage1.jsonl").is_file():
-        records = shuffled(list(rows(first)))
-        ids = tokenizer([record["docs"][0] for record in records], add_special_tokens=False).input_ids
-        fit = [record for record, row in zip(records, ids, strict=True) if len(row) <= part.doc_max_length]
-        write_rows(target / "stage1.jsonl", fit)
+        write_rows(target / "stage1.jsonl", at_most(shuffled(list(rows(first))), part.doc_max_length))
     if not (target / "stage1_qa.jsonl").is_file():
         found = [record for record in rows(target / "stage1.jsonl") if record["data_type"] == "qa"]
         write_rows(target / "stage1_qa.jsonl", found)
@@ -311,9 +330,13 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
             starts = openings([record["docs"][0] for record in rows(source)], tokenizer)[:limit]
             says = [{"data_type": "paraphrase", "question": "", "answers": [text], "docs": [text]} for text in starts]
             write_rows(target / f"{name}.jsonl", says)
+    if not (target / "openings_more.jsonl").is_file():
+        write_rows(target / "openings_more.jsonl", list(rows(target / "warm_up.jsonl"))[::-1])
+    if not (target / "stage1_short.jsonl").is_file():
+        write_rows(target / "stage1_short.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
     if not (target / "instruction.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[1]))
-        questions = [single(record) for record in rows(target / "stage1_qa.jsonl")]
+        questions = [single(row) for row in rows(target / "stage1_short.jsonl") if row["data_type"] == "qa"]
         n = min(len(records), len(questions) // part.single)
         write_rows(target / "instruction.jsonl", shuffled(shuffled(records)[:n] + questions[: n * part.single]))
     if not (target / "e2e.jsonl").is_file():
@@ -373,8 +396,13 @@ def carried_dense_model() -> str | None:
 
 def not_run(args: argparse.Namespace, plan: Plan) -> dict[str, list[str]]:
     """Names of the steps that are not done: of this part, and of the whole plan, of which a smaller part's steps are
-    none."""
-    left = [step.name for step in plan.steps if not step.done.is_file()]
+    none. What lies beside the page was done, if on another machine."""
+    kept = args.report.parent / "reproduction" / args.part
+    left = [
+        step.name
+        for step in plan.steps
+        if not step.done.is_file() and not (kept / step.done.relative_to(args.work)).is_file()
+    ]
     if args.part == "full":
         return {"part": left, "plan": left}
     whole = Plan(argparse.Namespace(**{**vars(args), "part": "full"}))

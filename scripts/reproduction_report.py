@@ -20,6 +20,8 @@ from openrlhf.utils.logging import METRICS_FILE, read_metrics, write_whole
 
 METRICS = {"cover_em": "Cover-EM", "recall_5": "Recall@5"}
 SAID_AGAIN = {"rouge_1": "ROUGE-1", "rouge_l": "ROUGE-L"}
+SECONDS = "seconds.json"  # of every step, in the order in which they were run
+OF_A_RUN = ("config.json", "training_config.json", METRICS_FILE)
 SETTINGS = ("normal", "oracle")
 TRAINED = ["run", "stage", "precision", "steps × records", "learning rate", "loss", "span loss", "minutes"]
 
@@ -64,32 +66,47 @@ class Results:
         return sorted(found, key=lambda name: name != SYSTEM)
 
 
-def keep_metrics(work: Path, part: str, out: Path) -> None:
-    """Copies the metrics of every training run of a part that is not whole beside the page, for others to check."""
-    for path in sorted((work / "checkpoints").rglob(METRICS_FILE)) if part != "full" else ():
-        target = out.parent / "reproduction" / part / f"{path.parent.name}.jsonl"
+def without_places(text: str) -> str:
+    """Absolute paths shortened to their last part: where things lay on one machine helps nobody."""
+    return re.sub(r"(?<=[\s\"])/[^\s\"]*/", "…/", text)
+
+
+def keep(work: Path, kept: Path) -> None:
+    """Adds the figures under `work` to those that lie beside the page: metrics, flags, seconds, results and answers.
+
+    So a part that is run bit by bit, on several machines, has one record. Checkpoints and predictions stay where they
+    are.
+    """
+    trained = [path.parent for path in work.glob("checkpoints/**/config.json")]
+    files = [folder / name for folder in trained if (folder / METRICS_FILE).is_file() for name in OF_A_RUN]
+    for path in (*files, *work.glob("results/*/results.json"), *work.glob("fresh/*.json")):
+        target = kept / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+        write_whole(target, without_places(path.read_text(encoding="utf-8")))
+    seconds: dict[str, float] = {}
+    for path in (kept / SECONDS, work / SECONDS):
+        seconds.update(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    write_whole(kept / SECONDS, json.dumps(seconds, indent=1) + "\n")
 
 
 def training_rows(work: Path) -> list[list[str]]:
     """Losses of each training run: means over the first and last quarter of its steps."""
     rows = []
-    seconds = json.loads((work / "seconds.json").read_text(encoding="utf-8"))
-    for folder in sorted((work / "checkpoints").rglob("config.json"), key=lambda path: path.stat().st_mtime):
-        if not (folder.parent / METRICS_FILE).is_file():
+    seconds = json.loads((work / SECONDS).read_text(encoding="utf-8"))
+    for name in seconds:
+        folder = work / "checkpoints" / name
+        if not (folder / METRICS_FILE).is_file():
             continue
-        name = str(folder.parent.relative_to(work / "checkpoints"))
-        settings = json.loads((folder.parent / "training_config.json").read_text(encoding="utf-8"))
-        lines = [line for line in read_metrics(folder.parent / METRICS_FILE) if line["split"] == "train"]
+        settings = json.loads((folder / "training_config.json").read_text(encoding="utf-8"))
+        lines = [line for line in read_metrics(folder / METRICS_FILE) if line["split"] == "train"]
         quarter = max(1, len(lines) // 4)
         means = [sum(line["loss"] for line in part) / quarter for part in (lines[:quarter], lines[-quarter:])]
         size = f"{len(lines)} × {settings['train_batch_size']}"
-        minutes = f"{seconds[name] / 60:.0f}" if name in seconds else "–"
         losses = f"{means[0]:.2f} → {means[1]:.2f}"
         spans = [line["span_loss"] for line in lines[-quarter:] if "span_loss" in line]
         span = f"{sum(spans) / quarter:.2f}" if spans else "–"
         precision = "bfloat16" if settings["bf16"] else "float32"
+        minutes = f"{seconds[name] / 60:.0f}"
         rows.append(
             [f"`{name}`", settings["stage"], precision, size, f"{settings['learning_rate']:g}", losses, span, minutes]
         )
@@ -101,7 +118,7 @@ def measured(results: Results, run: str, datasets: list[str]) -> str:
     facts = results.runs[run]
     parts = [f"### `{run}`\n"]
     counts = {item["questions"] for item in facts["data"]}
-    command = re.sub(r"(?<=\s)/\S*/", "…/", facts["command"])  # where things lay on one machine helps nobody
+    command = without_places(facts["command"])
     parts.append(f"{' or '.join(map(str, sorted(counts)))} questions of each file. `{command}`\n")
     selects = facts["suite"] == "end_to_end"  # elsewhere all documents are read: there is nothing to recall
     for metric, label in METRICS.items() if selects else [("cover_em", METRICS["cover_em"])]:
@@ -252,7 +269,7 @@ def missing(part: str, not_run: dict[str, list[str]]) -> str:
 def page(work: Path, part: str, not_run: dict[str, list[str]], shown: str = "") -> str:
     """The whole page."""
     results = Results(work)
-    first = next(iter(results.runs.values()), None)
+    first = max(results.runs.values(), key=lambda run: run["started"], default=None)
     if first is None:
         raise ValueError(f"{work} holds no measurement yet: run scripts/reproduce_small.sh first")
     where = f"{first['device']}, torch {first['versions']['torch']}, transformers {first['versions']['transformers']}"
@@ -279,7 +296,7 @@ on {first["started"][:10]} ({where}, commit {first["git"]["commit"][:10]}). {ope
 ## What was trained
 
 SmolLM2-135M-Instruct, seed 42. Loss: mean of the first → of the last quarter of the steps, nats a token. Span
-loss: mean of the last quarter.{" Every step is in `reproduction/cpu/`." if part == "cpu" else ""}
+loss: mean of the last quarter.{" Every step is in `reproduction/cpu/checkpoints/`." if part == "cpu" else ""}
 
 {table(TRAINED, training_rows(work))}
 
@@ -316,8 +333,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         not_run = json.loads(args.not_run.read_text(encoding="utf-8")) if args.not_run else {"part": [], "plan": []}
-        keep_metrics(args.work, args.part, args.out)
-        write_whole(args.out, page(args.work, args.part, not_run, pictures(args.work, args.part, args.out)))
+        work = args.work
+        if args.part != "full":
+            work = args.out.parent / "reproduction" / args.part
+            keep(args.work, work)
+        write_whole(args.out, page(work, args.part, not_run, pictures(args.work, args.part, args.out)))
     except (ValueError, OSError) as error:
         sys.exit(f"reproduction_report: {error}")
     print(f"written to {args.out}")

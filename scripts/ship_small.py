@@ -2,8 +2,8 @@
 
     python scripts/ship_small.py --work results/reproduction_cpu --name stage1_rate4 --out example/checkpoint
 
-Every figure of the card is read from the files of the run. A model that answers fewer than 7 of the ten fresh questions
-is said to be unfinished.
+Every figure of the card is read from the record beside docs/REPRODUCTION.md, to which the answers of the shipped
+checkpoint are added. A model that answers fewer than 7 of the ten fresh questions is said to be unfinished.
 """
 
 import argparse
@@ -33,11 +33,11 @@ DATA_OF_STAGE1_2 = """
 | HotpotQA, 2WikiMultiHopQA, MuSiQue | training questions with five passages | CC BY-SA 4.0, Apache-2.0, CC BY 4.0 |"""
 
 
-def stages(work: Path, name: str) -> list[tuple[str, dict]]:
+def stages(record: Path, name: str) -> list[tuple[str, dict]]:
     """The training runs behind a checkpoint, first to last: names and flags."""
     found: list[tuple[str, dict]] = []
     while True:
-        path = work / "checkpoints" / name / "training_config.json"
+        path = record / "checkpoints" / name / "training_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         found.insert(0, (name, settings))
         if not settings["pretrain_checkpoint"]:
@@ -59,12 +59,12 @@ def read_figures(results: Results, run: str) -> str:
     return f"{said}\n\n{table(['system', 'Normal', 'Oracle'], rows)}\n"
 
 
-def card(work: Path, name: str, answers: list[dict], model: CLaRa) -> str:
+def card(record: Path, name: str, answers: list[dict], model: CLaRa) -> str:
     """README.md of the shipped checkpoint."""
-    results, right = Results(work), sum(line["right"] for line in answers)
+    results, right = Results(record), sum(line["right"] for line in answers)
     trained = [
         [f"`{run}`", s["stage"], str(s["max_samples"]), str(s["train_batch_size"]), f"{s['learning_rate']:g}"]
-        for run, s in stages(work, name)
+        for run, s in stages(record, name)
     ]
     said = [
         [f"`{name}`", SAID_AGAIN[figure["metric"]], percent(figure)]
@@ -107,7 +107,8 @@ given with `decoder_model_name=`.
 {table(["run", "stage", "records", "a step", "learning rate"], trained)}
 
 It leaves the published method in three ways: `--rescale_memory`, `--spread_memory` and `--span_loss_weight`
-(docs/TRAINING_GUIDE.md); and `warm_up`, like half of `stage1`, only says the openings of passages again.
+(docs/TRAINING_GUIDE.md); and `warm_up`, like half of `stage1` and two thirds of `stage1_more`, only says the openings
+of passages again.
 
 {DATA}{DATA_OF_STAGE1_2 if any(row[1] == "stage1_2" for row in trained) else ""}
 
@@ -141,17 +142,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=Path("results/reproduction_cpu"))
     parser.add_argument("--name", default="stage1_rate4", help="training run whose checkpoint is shipped")
+    parser.add_argument("--record", type=Path, default=Path("docs/reproduction/cpu"), help="written with the page")
     parser.add_argument("--out", type=Path, default=Path("example/checkpoint"))
     args = parser.parse_args()
-    source, fresh = args.work / "checkpoints" / args.name, args.work / "fresh" / "shipped.json"
+    source, fresh = args.work / "checkpoints" / args.name, args.record / "fresh" / "shipped.json"
     if not (source / "config.json").is_file():
         parser.error(f"{source} holds no checkpoint: run scripts/reproduce_small.sh first")
+    if not (args.record / "checkpoints" / args.name).is_dir():
+        parser.error(f"{args.record} has no figures of {args.name}: scripts/reproduction_report.py writes them")
     model = CLaRa.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(args.out)
     ask = [sys.executable, "scripts/ask_fresh.py", "--checkpoint", str(args.out), "--out", str(fresh)]
     subprocess.run(ask, check=True)
     answers = json.loads(fresh.read_text(encoding="utf-8"))["answers"]
-    write_whole(args.out / "README.md", card(args.work, args.name, answers, model))
+    write_whole(args.out / "README.md", card(args.record, args.name, answers, model))
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
     print(f"{args.out}: {size / 2**20:.1f} MiB; python scripts/ask_fresh.py --checkpoint {args.out}")
 

@@ -105,12 +105,14 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
         len(tokenizer(json.loads(line)["docs"][0], add_special_tokens=False).input_ids)
         for line in (data / "train" / "stage1_train.jsonl").read_text().splitlines()
     )
-    longest = lengths[len(lengths) // 2]
-    part = dataclasses.replace(reproduce.PARTS["cpu"], doc_max_length=longest, single=2)
+    longest, short = lengths[2 * len(lengths) // 3], lengths[len(lengths) // 2]
+    part = dataclasses.replace(reproduce.PARTS["cpu"], doc_max_length=longest, short=short, single=2)
     reproduce.prepare(data, target, str(mistral), part)
     assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, "30 of the file and one of the pool's two"
     assert len(load_records(str(target / "stage1.jsonl"), "stage1")) == sum(n <= longest for n in lengths) < 30
-    asked = list(load_records(str(target / "stage1_qa.jsonl"), "stage1"))
+    shorter = list(load_records(str(target / "stage1_short.jsonl"), "stage1"))
+    assert len(shorter) == sum(n <= short for n in lengths) < sum(n <= longest for n in lengths)
+    asked = [row for row in shorter if row["data_type"] == "qa"]
     mixed = list(load_records(str(target / "instruction.jsonl"), "stage1_2"))
     assert len(asked) // 2 == len(mixed) // 3 > 0
     pairs = {(q, a, row["docs"][0]) for row in asked for q, a in zip(row["question"], row["answers"], strict=True)}
@@ -118,6 +120,8 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     assert len(single) == len(asked) // 2 * 2 and set(single) <= pairs
     openings = [json.loads(line) for line in (target / "warm_up.jsonl").read_text().splitlines()]
     assert openings and all(row["docs"] == row["answers"] for row in openings)
+    more = [json.loads(line) for line in (target / "openings_more.jsonl").read_text().splitlines()]
+    assert more == openings[::-1]
     records = load_records(str(data / "train" / "stage1_train.jsonl"), "stage1")
     originals = [row["docs"][0].split("\n", 1)[-1] for row in records]
     assert all(any(text.startswith(row["docs"][0][:20]) for text in originals) for row in openings)
@@ -226,6 +230,40 @@ def test_the_page_says_which_aims_were_met_and_what_was_not_run(tmp_path):
     text = out.read_text(encoding="utf-8")
     assert "not a measurement of the method" in text and "| met |" not in text and "39.86" not in text
     assert "Of this part: `measure stage2_rate4 (end_to_end)`." in text and "measured on them: `stage2_rate4`." in text
+
+
+def test_a_part_run_on_two_machines_is_one_page(data, mistral, tmp_path):
+    out = tmp_path / "docs" / "page.md"
+    plan_of = {}
+    for machine, name, minutes in (("a", "warm_up_rate4", 33), ("b", "stage1_rate4", 41)):
+        work = tmp_path / machine
+        run = work / "checkpoints" / name
+        run.mkdir(parents=True)
+        (run / "config.json").write_text("{}")
+        settings = {"stage": "stage1", "bf16": False, "train_batch_size": 4, "learning_rate": 1e-3}
+        (run / "training_config.json").write_text(
+            json.dumps({**settings, "dataset": f"{tmp_path}/secret/warm_up.jsonl"})
+        )
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "split": "train", "loss": 2.0 + minutes}) + "\n")
+        begun = work / "checkpoints" / f"{name}_begun"
+        begun.mkdir()
+        (begun / "metrics.jsonl").write_text("")
+        (work / "seconds.json").write_text(json.dumps({name: 60 * minutes, f"{name}_begun": 5}))
+        results(work, f"{name}_say_again", "pretraining", {("average", "oracle", "clara", "rouge_1"): minutes / 100})
+        args = reproduce.parse([*flags(data, mistral, tmp_path, "--part", "cpu"), "--report", str(out)])
+        args.work = work
+        left = work / "left.json"
+        left.write_text(json.dumps(reproduce.not_run(args, reproduce.Plan(args))))
+        plan_of[machine] = json.loads(left.read_text())["part"]
+        command = [sys.executable, "scripts/reproduction_report.py", "--work", str(work), "--out", str(out)]
+        subprocess.run([*command, "--part", "cpu", "--not_run", str(left)], cwd=ROOT, check=True)
+    text = out.read_text(encoding="utf-8")
+    assert "| `warm_up_rate4` | stage1 | float32 | 1 × 4 | 0.001 | 35.00 → 35.00 | – | 33 |" in text
+    assert text.index("| `warm_up_rate4` |") < text.index("| `stage1_rate4` |") and "_begun" not in text
+    assert "33.0 [" in text and "41.0 [" in text
+    assert "warm_up_rate4" not in plan_of["a"] and "warm_up_rate4" not in plan_of["b"] and "text_rag" in plan_of["b"]
+    kept = "".join(path.read_text(encoding="utf-8") for path in (out.parent / "reproduction").rglob("*.json"))
+    assert "…/warm_up.jsonl" in kept and str(tmp_path) not in kept
 
 
 def test_no_page_is_written_from_nothing(tmp_path):
