@@ -30,6 +30,7 @@ HELD_OUT = "train/stage1_val.jsonl"
 SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
 SAY_AGAIN = "0.5,0.5"  # shares of QA sets and of openings to be said again, in stage 1
 SAY_MORE = "0.35,0.65"  # the same, where stage 1 goes on
+USED_PASSAGES, USED_OPENINGS = 1200, 3000  # more than its first such run takes of each
 POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 CONSTANT = "constant_with_warmup"
 SLICE_OVER = 75
@@ -49,8 +50,9 @@ class Run:
 @dataclass(frozen=True)
 class Part:
     """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
-    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with `stage1_more`, over passages
-    of at most `short` tokens, of which stage 1_2 then takes its single questions."""
+    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with `stage1_more` and, with a span
+    loss that tells the order of a span's tokens, with `stage1_order`, both over passages of at most `short` tokens, of
+    which stage 1_2 then takes its single questions."""
 
     doc_max_length: int
     single: int
@@ -62,6 +64,7 @@ class Part:
     text_rag: Run
     ablation: Run | None
     stage1_more: Run | None
+    stage1_order: Run | None
     short: int
     questions: int | None
     micro: int
@@ -79,6 +82,7 @@ PARTS = {
         text_rag=Run(24730, 32, 2e-4, 1),
         ablation=Run(5000, 64, 5e-4, 1),
         stage1_more=None,
+        stage1_order=None,
         short=256,
         questions=None,
         micro=64,
@@ -94,6 +98,7 @@ PARTS = {
         text_rag=Run(240, 8, 3e-4),
         ablation=None,
         stage1_more=Run(2400, 4, 8e-4),
+        stage1_order=Run(800, 4, 6e-4),
         short=80,
         questions=2,
         micro=4,
@@ -182,12 +187,16 @@ class Plan:
                 warm, "--dataset_probs", SAY_AGAIN, "--mse_loss", *named,
             )  # fmt: skip
             trained = first
-            if part.stage1_more:
-                new = [self.data / "stage1_short.jsonl", self.data / "openings_more.jsonl"]
-                trained = self.train(
-                    f"stage1_more_{at}", "stage1", rate, new, part.stage1_more,
-                    first, "--dataset_probs", SAY_MORE, "--mse_loss", *named,
-                )  # fmt: skip
+            for which, size, more in (
+                ("more", part.stage1_more, ()),
+                ("order", part.stage1_order, ("--span_decay", "0.5")),
+            ):
+                if size:
+                    new = [self.data / f"stage1_{which}.jsonl", self.data / f"openings_{which}.jsonl"]
+                    trained = self.train(
+                        f"stage1_{which}_{at}", "stage1", rate, new, size,
+                        trained, "--dataset_probs", SAY_MORE, "--mse_loss", *named, *more,
+                    )  # fmt: skip
             second = self.train(
                 f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, trained, "--mse_loss", *named
             )
@@ -301,8 +310,9 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     """Training files from the layout of the guide, each made once.
 
     stage1.jsonl has the passages of at most `part.doc_max_length` tokens, stage1_qa.jsonl leaves its paraphrases out;
-    warm_up.jsonl says the openings of passages again, word by word. stage1_short.jsonl has the passages of at most
-    `part.short` tokens; it and openings_more.jsonl are turned round, so that what was not used yet comes first.
+    warm_up.jsonl says the openings of passages again, word by word. stage1_more.jsonl has the passages of at most
+    `part.short` tokens; it and openings_more.jsonl are turned round, so that what was not used yet comes first, and
+    stage1_order.jsonl and openings_order.jsonl go on behind what was used of them.
     instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl is the
     end-to-end file and the training questions of the pool with their passages written out. All are shuffled with a
     fixed seed.
@@ -332,11 +342,14 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
             write_rows(target / f"{name}.jsonl", says)
     if not (target / "openings_more.jsonl").is_file():
         write_rows(target / "openings_more.jsonl", list(rows(target / "warm_up.jsonl"))[::-1])
-    if not (target / "stage1_short.jsonl").is_file():
-        write_rows(target / "stage1_short.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
+    if not (target / "stage1_more.jsonl").is_file():
+        write_rows(target / "stage1_more.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
+    for name, used in (("stage1", USED_PASSAGES), ("openings", USED_OPENINGS)):
+        if not (target / f"{name}_order.jsonl").is_file():
+            write_rows(target / f"{name}_order.jsonl", list(rows(target / f"{name}_more.jsonl"))[used:])
     if not (target / "instruction.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[1]))
-        questions = [single(row) for row in rows(target / "stage1_short.jsonl") if row["data_type"] == "qa"]
+        questions = [single(row) for row in rows(target / "stage1_more.jsonl") if row["data_type"] == "qa"]
         n = min(len(records), len(questions) // part.single)
         write_rows(target / "instruction.jsonl", shuffled(shuffled(records)[:n] + questions[: n * part.single]))
     if not (target / "e2e.jsonl").is_file():

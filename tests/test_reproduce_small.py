@@ -110,7 +110,7 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     reproduce.prepare(data, target, str(mistral), part)
     assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, "30 of the file and one of the pool's two"
     assert len(load_records(str(target / "stage1.jsonl"), "stage1")) == sum(n <= longest for n in lengths) < 30
-    shorter = list(load_records(str(target / "stage1_short.jsonl"), "stage1"))
+    shorter = list(load_records(str(target / "stage1_more.jsonl"), "stage1"))
     assert len(shorter) == sum(n <= short for n in lengths) < sum(n <= longest for n in lengths)
     asked = [row for row in shorter if row["data_type"] == "qa"]
     mixed = list(load_records(str(target / "instruction.jsonl"), "stage1_2"))

@@ -349,7 +349,7 @@ class CLaRa(Answering, PreTrainedModel):
         return embeds_BTD.masked_scatter(memory_BT.unsqueeze(-1), docs_KLD.to(embeds_BTD.dtype))
 
     def forward(
-        self, batch: dict, compute_logits: bool = True, compute_span_loss: bool = False
+        self, batch: dict, compute_logits: bool = True, compute_span_loss: bool = False, span_decay: float = 1.0
     ) -> tuple[torch.Tensor, dict]:
         """The loss of one batch (SPEC 3, 4).
 
@@ -360,6 +360,7 @@ class CLaRa(Answering, PreTrainedModel):
                 without `enc_input_ids` gets `docs_per_question` documents from `retriever`.
             compute_logits: False saves the LM head on every position that has no label.
             compute_span_loss: also give `span_loss`, in stages that train the compressor.
+            span_decay: see `span_loss`.
 
         Returns:
             loss: cross-entropy, the mean over the batch's answer tokens (0 when none is left); for
@@ -387,7 +388,8 @@ class CLaRa(Answering, PreTrainedModel):
                 stands_for = spans(
                     batch["enc_input_ids"], batch["enc_attention_mask"], n_memory, rate, self.tokens.first_special_id
                 )
-                out["span_loss"] = span_loss(docs_MLD, *stands_for, lambda x_UD: self.head(x_UD, added=False)).mean()
+                span_M = span_loss(docs_MLD, *stands_for, lambda x_UD: self.head(x_UD, added=False), span_decay)
+                out["span_loss"] = span_M.mean()
         else:
             query_BLD, _ = self.compress(batch["query_input_ids"], batch["query_attention_mask"], QUERY)
             docs_MLD, mse_M = self._candidates(batch, query_BLD.detach(), counts_B)

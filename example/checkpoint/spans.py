@@ -42,19 +42,26 @@ def span_loss(
     ids_MLR: torch.Tensor,
     words_MLR: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
+    decay: float = 1.0,
 ) -> torch.Tensor:
     """−log p of a document's tokens under the memory vectors of their spans, mean over its tokens: `[M]`, float32.
 
-    At best log R where the R tokens of a span differ. The LM head runs on vectors that stand for something, only.
+    Where the R tokens of a span differ, it is at best the entropy of their weights: log R when all weigh the same. A
+    vector that names them alike says which they are, and nothing of their order; with `decay` below 1 the likelier one
+    comes first. The LM head runs on vectors that stand for something, only.
 
     Args:
         docs_MLD: memory vectors.
         ids_MLR, words_MLR: from `spans`.
         head: from `[U, D]` to logits `[U, V]`.
+        decay: weight of a token over that of the one before it in its span; a span's weights add up to its tokens.
     """
     used_ML = words_MLR.any(-1)
     log_p_UV = head(docs_MLD[used_ML]).float().log_softmax(-1)
-    named_UR = log_p_UV.gather(1, ids_MLR[used_ML]) * words_MLR[used_ML]
+    words_UR = words_MLR[used_ML]
+    weight_UR = words_UR * decay ** torch.arange(words_UR.shape[1], device=docs_MLD.device)
+    weight_UR = weight_UR * (words_UR.sum(1, keepdim=True) / weight_UR.sum(1, keepdim=True))
+    named_UR = log_p_UV.gather(1, ids_MLR[used_ML]) * weight_UR
     document_U = used_ML.nonzero()[:, 0]
     total_M = torch.zeros(len(docs_MLD), device=docs_MLD.device).index_add(0, document_U, named_UR.sum(1))
     return -total_M / words_MLR.sum((1, 2)).clamp(min=1)

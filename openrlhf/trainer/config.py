@@ -40,6 +40,7 @@ class TrainingConfig:
     mse_loss: bool = _flag(False, "add the MSE between memory and text means")
     mse_loss_weight: float = _flag(0.1, "lambda of the MSE loss")
     span_loss_weight: float = _flag(0.0, "weight of the span loss: memory vectors name the tokens they stand for")
+    span_decay: float = _flag(1.0, "in the span loss a token of a span weighs this times the one before it")
     topk_temperature: float = _flag(0.02, "tau of the straight-through top-k")
     lora_r: int = _flag(16, "rank of the adapters")
     reset_decoder: bool = _flag(False, "stage1_2: start a fresh generator adapter")
@@ -127,6 +128,10 @@ class TrainingConfig:
         if self.compress_rate > 0 and self.doc_max_length % self.compress_rate:
             legal = [d for d in range(1, self.doc_max_length + 1) if self.doc_max_length % d == 0]
             found.append(f"--compress_rate must divide --doc_max_length {self.doc_max_length}: one of {legal}")
+        if not 0 < self.span_decay <= 1:
+            found.append("--span_decay must be above 0 and at most 1, where all tokens of a span weigh the same")
+        elif self.span_decay < 1 and not self.span_loss_weight:
+            found.append("--span_decay weighs the tokens of the span loss: it needs --span_loss_weight")
         if not 0 <= self.lr_warmup_ratio < 1:
             found.append("--lr_warmup_ratio must be at least 0 and below 1")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):

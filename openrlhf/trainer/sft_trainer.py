@@ -95,7 +95,8 @@ class SFTTrainer:
         self.plan = batch_plan(config, data)
         self.n_steps = self.plan.steps_per_epoch * config.max_epochs
         self.mse_weight = config.mse_loss_weight if config.mse_loss else 0.0
-        self.asked = {"compute_logits": False, "compute_span_loss": config.span_loss_weight > 0}
+        spans = {"compute_span_loss": config.span_loss_weight > 0, "span_decay": config.span_decay}
+        self.asked = {"compute_logits": False, **spans}
         self.last: dict[str, dict] = dict(log.last) if log is not None else {}
         self.seen: dict[str, float] = dict.fromkeys(COUNTED, 0)
 

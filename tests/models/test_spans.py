@@ -7,7 +7,7 @@ import torch
 
 from openrlhf.models.adapters import ENCODER
 from openrlhf.models.modeling_clara import CLaRa
-from openrlhf.models.spans import spans, spread_positions
+from openrlhf.models.spans import span_loss, spans, spread_positions
 from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model
 
 LISTS = [[doc] for doc in DOCS[:3]]
@@ -25,14 +25,18 @@ def words(model: CLaRa, text: str) -> list[int]:
     return kept[-model.config.doc_max_length :]
 
 
-def loss_of(model: CLaRa, text: str, vectors_LD: torch.Tensor) -> float:
+def loss_of(model: CLaRa, text: str, vectors_LD: torch.Tensor, decay: float = 1.0) -> float:
     """Token by token, counted from the end: the last R under the last vector, those before it under the one before."""
     tokens, rate = words(model, text), model.config.compr_rate
     total = 0.0
-    for back, token in enumerate(reversed(tokens)):
-        logits = model.head(vectors_LD[-1 - back // rate], added=False).tolist()
+    for end in range(len(tokens), 0, -rate):
+        span = tokens[max(0, end - rate) : end]
+        logits = model.head(vectors_LD[-1 - (len(tokens) - end) // rate], added=False).tolist()
         top = max(logits)
-        total += top + math.log(sum(math.exp(x - top) for x in logits)) - logits[token]
+        normaliser = top + math.log(sum(math.exp(x - top) for x in logits))
+        weights = [decay**i for i in range(len(span))]
+        for weight, token in zip(weights, span, strict=True):
+            total += weight / sum(weights) * len(span) * (normaliser - logits[token])
     return total / len(tokens)
 
 
@@ -49,13 +53,28 @@ def test_each_vector_stands_for_the_same_place_before_the_end_in_every_document(
     assert words_MLR.flatten(1).sum(1).max() == model.config.doc_max_length, "the longest text must be one that is cut"
 
 
-def test_the_span_loss_is_that_of_a_plain_loop_over_documents_and_tokens(model):
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_the_span_loss_is_that_of_a_plain_loop_over_documents_and_tokens(model, decay):
     batch = make_batch(model, "stage1", LISTS, QUESTIONS, ANSWERS)
     with torch.no_grad():
-        _, out = model(batch=batch, compute_span_loss=True)
+        _, out = model(batch=batch, compute_span_loss=True, span_decay=decay)
         vectors, _ = model.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
-        known = [loss_of(model, docs[0], vectors[i]) for i, docs in enumerate(LISTS)]
+        known = [loss_of(model, docs[0], vectors[i], decay) for i, docs in enumerate(LISTS)]
     assert float(out["span_loss"]) == pytest.approx(sum(known) / len(known), rel=1e-5)
+
+
+def test_with_a_decay_the_best_vector_names_its_tokens_in_their_order():
+    ids_MLR, words_MLR = torch.tensor([[[5, 9, 2, 7]]]), torch.ones(1, 1, 4, dtype=torch.bool)
+    vector = torch.zeros(1, 1, 12, requires_grad=True)
+    optimizer = torch.optim.Adam([vector], lr=0.1)
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss = span_loss(vector, ids_MLR, words_MLR, lambda x_UD: x_UD, 0.5).sum()
+        loss.backward()
+        optimizer.step()
+    weights = torch.tensor([8, 4, 2, 1]) / 15
+    assert vector[0, 0].topk(4).indices.tolist() == [5, 9, 2, 7]
+    assert float(loss) == pytest.approx(float(-(weights * weights.log()).sum()), abs=0.01)
 
 
 def test_the_span_loss_reaches_the_compressor_and_the_memory_embeddings_alone(model):

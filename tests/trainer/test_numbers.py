@@ -10,7 +10,7 @@ from tests.trainer.launch import BASE_MODEL, ROOT, call, exact_trainer, flags
 
 CHECKPOINT = ROOT / "tests" / "data" / "vectors" / "checkpoints" / "c8_stage2"
 OPTIONS = {
-    "stage1": {"mse_loss": True, "mse_loss_weight": 0.5, "span_loss_weight": 0.7},
+    "stage1": {"mse_loss": True, "mse_loss_weight": 0.5, "span_loss_weight": 0.7, "span_decay": 0.6},
     "stage2": {"pretrain_checkpoint": CHECKPOINT, "lora_r": 8, "topk_temperature": 0.2},
     "text_rag": {},
 }
@@ -63,7 +63,7 @@ def plain(arguments: list[str], steps: int) -> dict:
     for number in range(steps):
         epoch, indices = trainer.plan.global_batch(number)
         batch = build.build_collator(settings, model.tokens)(trainer.rows(trainer.data, indices), epoch)
-        loss, out = model(batch=batch, compute_span_loss=settings.span_loss_weight > 0)
+        loss, out = model(batch=batch, compute_span_loss=settings.span_loss_weight > 0, span_decay=settings.span_decay)
         weight = settings.mse_loss_weight if settings.mse_loss else 0.0
         for p in learning.values():
             p.grad = None
