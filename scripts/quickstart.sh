@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to answers: makes .venv, fetches a small real base model, trains the three stages on example/, evaluates,
-# and answers held-out questions. About 20 minutes on two CPU cores after the downloads; uses a GPU where there is one.
+# and answers held-out questions, also with example/checkpoint, which was trained longer. About 20 minutes on two CPU cores after the downloads; uses a GPU where there is one.
 # Start it again after an interruption and it goes on where it was.
 #   bash scripts/quickstart.sh
 set -euo pipefail
@@ -37,6 +37,11 @@ PRETRAIN_CHECKPOINT="$CHECKPOINT_ROOT/stage1_2" \
     stage stage2 scripts/train_stage_end_to_end.sh --max_samples 120 --train_batch_size 4 --learning_rate 2e-5 \
     --eval_dataset "$EVAL_DATA/end_to_end_evaluation/example/eval_processed_with_pos.jsonl"
 
-say "what was learned"
+if [ "$MODEL_PATH" = .models/SmolLM2-135M-Instruct ]; then
+    say "a small model after three hours of training (example/checkpoint), asked about invented documents"
+    "$PYTHON" scripts/ask_fresh.py --checkpoint example/checkpoint
+fi
+
+say "what was learned in these minutes"
 "$PYTHON" scripts/quickstart_report.py --root "$CHECKPOINT_ROOT" \
     --questions "$EVAL_DATA/end_to_end_evaluation/example/eval_processed_with_pos.jsonl"

@@ -50,9 +50,9 @@ class Run:
 @dataclass(frozen=True)
 class Part:
     """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
-    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with `stage1_more` and, with a span
-    loss that tells the order of a span's tokens, with `stage1_order`, both over passages of at most `short` tokens, of
-    which stage 1_2 then takes its single questions."""
+    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with `stage1_more` and, with a
+    span loss that tells the order of a span's tokens, with `stage1_order`, both over passages of at most `short`
+    tokens, of which stage 1_2 then takes its single questions."""
 
     doc_max_length: int
     single: int

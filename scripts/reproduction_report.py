@@ -312,7 +312,8 @@ loss: mean of the last quarter.{" Every step is in `reproduction/cpu/checkpoints
 ## Ten fresh questions
 
 Invented documents of `scripts/fresh_questions.jsonl`, answered through `AutoModel`
-(`python scripts/ask_fresh.py --checkpoint DIR`).
+(`python scripts/ask_fresh.py --checkpoint DIR`); `shipped` is example/checkpoint. The questions of
+`scripts/fresh_questions_unseen.jsonl` (`shipped_unseen`) were written after its training and asked once.
 
 {fresh(work)}
 ## Not run

@@ -44,5 +44,8 @@ def test_a_model_is_shipped_with_its_runs_and_its_answers(vectors, tmp_path):
     right = sum(line["right"] for line in answers)
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"{right} of 10 fresh questions" in card and ("not a model that works" in card) == (right < 7)
+    unseen = json.loads((record / "fresh" / "shipped_unseen.json").read_text(encoding="utf-8"))["answers"]
+    assert len(unseen) == 10 and not {line["question"] for line in unseen} & {line["question"] for line in answers}
+    assert f"{sum(line['right'] for line in unseen)} were right" in card and "says the passage again" not in card
     assert card.index("| `first` | stage1 | 40 | 4 | 0.001 |") < card.index("| `second` | stage1_2 |")
     assert "HotpotQA, 2WikiMultiHopQA, MuSiQue |" in card and "64 tokens into 16 vectors" in card.replace("\n", " ")

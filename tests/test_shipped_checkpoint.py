@@ -77,3 +77,11 @@ def test_automodel_loads_it_and_its_vectors_say_what_was_in_the_document():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     named, all_tokens = map(int, run.stdout.split()[-2:])
     assert named >= all_tokens / 2
+
+
+@pytest.mark.skipif(not BASE.is_dir(), reason="python scripts/get_base_model.py makes the base model")
+def test_it_answers_at_least_seven_of_ten_fresh_questions_unless_its_card_says_that_it_is_unfinished():
+    ask = [sys.executable, "scripts/ask_fresh.py", "--checkpoint", str(CHECKPOINT)]
+    run = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True)
+    right = int(run.stdout.splitlines()[-1].split(" of 10 right")[0])
+    assert right >= 7 or "not a model that works" in (CHECKPOINT / "README.md").read_text(encoding="utf-8")
