@@ -237,7 +237,7 @@ def pictures(work: Path, part: str, out: Path) -> str:
 
 def fresh_table(lines: list[dict]) -> str:
     """Answers of scripts/ask_fresh.py beside the gold ones."""
-    rows = [[line["question"], line["golden_answers"][0], line["answer"].replace("|", "\\|"),
+    rows = [[line["question"], line["golden_answers"][0], " ".join(line["answer"].split()).replace("|", "\\|"),
              "right" if line["right"] else "wrong"] for line in lines]  # fmt: skip
     return table(["question", "gold", "answer", ""], rows)
 
