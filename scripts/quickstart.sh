@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to answers: makes .venv, fetches a small real base model, trains the three stages on example/, evaluates,
-# and answers held-out questions, also with example/checkpoint, which was trained longer. About 20 minutes on two CPU cores after the downloads; uses a GPU where there is one.
+# answers held-out questions, and asks example/checkpoint, which was trained longer. About 20 minutes on two CPU cores
+# after the downloads; uses a GPU where there is one.
 # Start it again after an interruption and it goes on where it was.
 #   bash scripts/quickstart.sh
 set -euo pipefail

@@ -95,7 +95,7 @@ def training_rows(work: Path) -> list[list[str]]:
     seconds = json.loads((work / SECONDS).read_text(encoding="utf-8"))
     for name in seconds:
         folder = work / "checkpoints" / name
-        if not (folder / METRICS_FILE).is_file():
+        if not (folder / "config.json").is_file():  # not trained to its end, or no training
             continue
         settings = json.loads((folder / "training_config.json").read_text(encoding="utf-8"))
         lines = [line for line in read_metrics(folder / METRICS_FILE) if line["split"] == "train"]

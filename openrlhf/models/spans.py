@@ -59,7 +59,7 @@ def span_loss(
     used_ML = words_MLR.any(-1)
     log_p_UV = head(docs_MLD[used_ML]).float().log_softmax(-1)
     words_UR = words_MLR[used_ML]
-    weight_UR = words_UR * decay ** torch.arange(words_UR.shape[1], device=docs_MLD.device)
+    weight_UR = words_UR * decay ** (words_UR.cumsum(1) - 1)  # from 1 on, however late the span's first token is
     weight_UR = weight_UR * (words_UR.sum(1, keepdim=True) / weight_UR.sum(1, keepdim=True))
     named_UR = log_p_UV.gather(1, ids_MLR[used_ML]) * weight_UR
     document_U = used_ML.nonzero()[:, 0]

@@ -77,6 +77,13 @@ def test_with_a_decay_the_best_vector_names_its_tokens_in_their_order():
     assert float(loss) == pytest.approx(float(-(weights * weights.log()).sum()), abs=0.01)
 
 
+def test_a_decay_is_finite_where_a_long_span_holds_but_its_last_token():
+    ids_MLR, words_MLR = torch.full((1, 1, 256), 3), torch.zeros(1, 1, 256, dtype=torch.bool)
+    words_MLR[..., -1] = True
+    loss = span_loss(torch.zeros(1, 1, 8), ids_MLR, words_MLR, lambda x_UD: x_UD, 0.5)
+    assert loss.tolist() == pytest.approx([math.log(8)])
+
+
 def test_the_span_loss_reaches_the_compressor_and_the_memory_embeddings_alone(model):
     model.train_stage("stage1")
     _, out = model(batch=make_batch(model, "stage1", LISTS, QUESTIONS, ANSWERS), compute_span_loss=True)
