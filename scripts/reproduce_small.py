@@ -28,9 +28,9 @@ from openrlhf.utils.logging import write_whole
 TRAIN_FILES = ("train/stage1_train.jsonl", "train/instruction_train.jsonl", "train/e2e_train.jsonl")
 HELD_OUT = "train/stage1_val.jsonl"
 SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
-SAY_AGAIN = "0.5,0.5"  # shares of QA sets and of openings to be said again, in stage 1
-SAY_MORE = "0.35,0.65"  # the same, where stage 1 goes on
-USED_PASSAGES, USED_OPENINGS = 1200, 3000  # more than its first such run takes of each
+HALF = "0.5,0.5"  # shares: in stage 1 of QA sets and of openings to be said again
+DECAY = ("--span_decay", "0.5")
+LONGEST_WORDS = 64
 POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 CONSTANT = "constant_with_warmup"
 SLICE_OVER = 75
@@ -48,11 +48,22 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Further:
+    """A run with which stage 1 goes on. `shares` are of QA sets, of openings and, where there are three, of words in no
+    order; the first `passages` and `openings` were used before it."""
+
+    run: Run
+    shares: str
+    passages: int = 0
+    openings: int = 0
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Part:
     """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
-    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with `stage1_more` and, with a
-    span loss that tells the order of a span's tokens, with `stage1_order`, both over passages of at most `short`
-    tokens, of which stage 1_2 then takes its single questions."""
+    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with the runs of `further`, over
+    passages of at most `short` tokens, of which stage 1_2 then takes its single questions."""
 
     doc_max_length: int
     single: int
@@ -63,8 +74,8 @@ class Part:
     stage2: Run
     text_rag: Run
     ablation: Run | None
-    stage1_more: Run | None
-    stage1_order: Run | None
+    further: dict[str, Further]
+    what_follows: bool
     short: int
     questions: int | None
     micro: int
@@ -81,8 +92,8 @@ PARTS = {
         stage2=Run(12922, 32, 5e-5, 1),
         text_rag=Run(24730, 32, 2e-4, 1),
         ablation=Run(5000, 64, 5e-4, 1),
-        stage1_more=None,
-        stage1_order=None,
+        further={},
+        what_follows=False,
         short=256,
         questions=None,
         micro=64,
@@ -93,12 +104,16 @@ PARTS = {
         rates=(4,),
         warm_up=Run(1200, 4, 1e-3),
         stage1=Run(1280, 4, 8e-4),
-        stage1_2=Run(800, 4, 4e-4),
+        stage1_2=Run(1600, 4, 5e-4),
         stage2=Run(64, 8, 2e-5),
         text_rag=Run(240, 8, 3e-4),
         ablation=None,
-        stage1_more=Run(2400, 4, 8e-4),
-        stage1_order=Run(800, 4, 6e-4),
+        further={
+            "more": Further(Run(2400, 4, 8e-4), "0.35,0.65"),
+            "order": Further(Run(800, 4, 6e-4), "0.35,0.65", 1200, 3000, DECAY),
+            "words": Further(Run(2400, 4, 8e-4), "0.2,0.3,0.5", 1600, 3700, DECAY),
+        },
+        what_follows=True,
         short=80,
         questions=2,
         micro=4,
@@ -123,7 +138,7 @@ class Plan:
         self.work: Path = args.work
         self.data = self.work / "data"
         self.steps: list[Step] = []
-        self.cuda = torch.cuda.is_available()
+        self.cuda, self.bf16 = torch.cuda.is_available(), has_bfloat16()
         self.main_runs()
         self.figures()
         self.ablations()
@@ -135,7 +150,7 @@ class Plan:
         folder = self.work / "checkpoints" / name
         micro = min(self.part.micro if stage != "text_rag" else max(1, self.part.micro // 4), run.batch)
         command = [sys.executable, "-m", "openrlhf.cli.train_sft", "--stage", stage, "--pretrain", self.args.base]
-        command += ["--dataset", ",".join(map(str, data)), "--seed", "42", *(["--bf16"] if self.cuda else [])]
+        command += ["--dataset", ",".join(map(str, data)), "--seed", "42", *(["--bf16"] if self.bf16 else [])]
         command += ["--doc_max_length", str(self.part.doc_max_length), "--compress_rate", str(rate)]
         command += ["--max_samples", str(run.samples), "--max_epochs", str(run.epochs), "--learning_rate", str(run.lr)]
         command += ["--train_batch_size", str(run.batch), "--micro_train_batch_size", str(micro)]
@@ -184,26 +199,28 @@ class Plan:
                 self.evaluate(control, "pretraining", False)
             first = self.train(
                 f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl", *openings], part.stage1,
-                warm, "--dataset_probs", SAY_AGAIN, "--mse_loss", *named,
+                warm, "--dataset_probs", HALF, "--mse_loss", *named,
             )  # fmt: skip
-            trained = first
-            for which, size, more in (
-                ("more", part.stage1_more, ()),
-                ("order", part.stage1_order, ("--span_decay", "0.5")),
-            ):
-                if size:
-                    new = [self.data / f"stage1_{which}.jsonl", self.data / f"openings_{which}.jsonl"]
-                    trained = self.train(
-                        f"stage1_{which}_{at}", "stage1", rate, new, size,
-                        trained, "--dataset_probs", SAY_MORE, "--mse_loss", *named, *more,
-                    )  # fmt: skip
+            trained, said_again, decay = first, [first], ()
+            for which, more in part.further.items():
+                files = [f"stage1_{which}.jsonl", f"openings_{which}.jsonl", "words.jsonl"]
+                mixed = [self.data / file for file in files[: len(more.shares.split(","))]]
+                trained = self.train(
+                    f"stage1_{which}_{at}", "stage1", rate, mixed, more.run,
+                    trained, "--dataset_probs", more.shares, "--mse_loss", *named, *more.flags,
+                )  # fmt: skip
+                said_again.append(trained)
+                decay = more.flags
+            asked, shares = questions[:1], ()
+            if part.what_follows:
+                asked, shares = [*asked, self.data / "what_follows.jsonl"], ("--dataset_probs", HALF)
             second = self.train(
-                f"stage1_2_{at}", "stage1_2", rate, questions[:1], part.stage1_2, trained, "--mse_loss", *named
+                f"stage1_2_{at}", "stage1_2", rate, asked, part.stage1_2, trained, "--mse_loss", *named, *decay, *shares
             )
             last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
             baselines = rate == part.rates[0]  # they are the same beside every rate
             self.evaluate(warm, "pretraining", baselines)
-            for name in dict.fromkeys((first, trained)):
+            for name in said_again:
                 self.evaluate(name, "pretraining", False)
             self.evaluate(trained, "instruction_tuning", False)
             self.evaluate(second, "instruction_tuning", baselines)
@@ -273,6 +290,12 @@ class Plan:
         self.evaluate(last, "end_to_end", False)
 
 
+def has_bfloat16() -> bool:
+    """Whether training in bfloat16 is the faster way: on GPUs, and on CPUs with instructions for it."""
+    facts = Path("/proc/cpuinfo")
+    return torch.cuda.is_available() or (facts.is_file() and "avx512_bf16" in facts.read_text(encoding="utf-8"))
+
+
 def rows(path: Path) -> Iterator[dict]:
     """The records of a JSONL file."""
     with path.open(encoding="utf-8") as file:
@@ -291,9 +314,37 @@ def openings(passages: list[str], tokenizer: Any) -> list[str]:
     rng = random.Random(0)
     passages = list(passages)
     rng.shuffle(passages)
-    ids = tokenizer([p.split("\n", 1)[-1] for p in passages], add_special_tokens=False).input_ids
-    lengths = [round(SHORTEST_OPENING * (LONGEST_OPENING / SHORTEST_OPENING) ** rng.random()) for _ in ids]
+    bodies = [passage.split("\n", 1)[-1] for passage in passages]
+    return cut(bodies, [length(rng, LONGEST_OPENING) for _ in bodies], tokenizer)
+
+
+def words(passages: list[str], tokenizer: Any) -> list[str]:
+    """Words of each passage's body in no order, cut as openings are. Of a text one can guess most words from those
+    before them; to say these again, one has to read them."""
+    rng = random.Random(1)
+    texts, lengths = [], []
+    for passage in passages:
+        drawn = passage.split("\n", 1)[-1].split()
+        rng.shuffle(drawn)
+        texts.append(" ".join(drawn))
+        lengths.append(length(rng, LONGEST_WORDS))
+    return cut(texts, lengths, tokenizer)
+
+
+def length(rng: random.Random, longest: int) -> int:
+    """Tokens of a text to be said again."""
+    return round(SHORTEST_OPENING * (longest / SHORTEST_OPENING) ** rng.random())
+
+
+def cut(texts: list[str], lengths: list[int], tokenizer: Any) -> list[str]:
+    """The first tokens of each text that has any."""
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
     return [str(tokenizer.decode(row[:n])).strip() for row, n in zip(ids, lengths, strict=True) if row]
+
+
+def again(text: str) -> dict:
+    """A record of stage 1 that says its document again, word by word."""
+    return {"data_type": "paraphrase", "question": "", "answers": [text], "docs": [text]}
 
 
 def single(record: dict) -> dict:
@@ -306,13 +357,33 @@ def single(record: dict) -> dict:
     }  # fmt: skip
 
 
+def what_follows(texts: list[str]) -> list[dict]:
+    """A question about each text that is long enough: which words follow four of its words; records of stage 1_2. They
+    need no labels, and nothing but the place in the text tells the answer. Most begin with a name or a number."""
+    rng, found = random.Random(2), []
+    for text in texts:
+        drawn = text.split()[:-1]  # the last may be cut
+        places = range(4, len(drawn) - 2)
+        if not places:
+            continue
+        rare = [i for i in places if drawn[i][0].isupper() or drawn[i][0].isdigit()]
+        place = rng.choice(rare if rare and rng.random() < 0.7 else places)
+        answer = " ".join(drawn[place : place + rng.randint(2, 6)])
+        question = f'Which words follow "{" ".join(drawn[place - 4 : place])}"?'
+        found.append(
+            {"question": question, "docs": [text], "golden_answers": [answer], "answer": answer, "pos_index": [0]}
+        )
+    return found
+
+
 def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     """Training files from the layout of the guide, each made once.
 
     stage1.jsonl has the passages of at most `part.doc_max_length` tokens, stage1_qa.jsonl leaves its paraphrases out;
-    warm_up.jsonl says the openings of passages again, word by word. stage1_more.jsonl has the passages of at most
-    `part.short` tokens; it and openings_more.jsonl are turned round, so that what was not used yet comes first, and
-    stage1_order.jsonl and openings_order.jsonl go on behind what was used of them.
+    stage1_short.jsonl has those of at most `part.short` tokens, turned round, so that what was not used yet comes
+    first. warm_up.jsonl says the openings of passages again, word by word. For each further run of stage 1,
+    stage1_RUN.jsonl and openings_RUN.jsonl (turned round, too) go on behind what was used of them; words.jsonl has
+    words in no order.
     instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl is the
     end-to-end file and the training questions of the pool with their passages written out. All are shuffled with a
     fixed seed.
@@ -338,18 +409,24 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     for name, source, limit in (("warm_up", first, None), ("warm_up_held_out", data / HELD_OUT, HELD_OUT_OPENINGS)):
         if not (target / f"{name}.jsonl").is_file():
             starts = openings([record["docs"][0] for record in rows(source)], tokenizer)[:limit]
-            says = [{"data_type": "paraphrase", "question": "", "answers": [text], "docs": [text]} for text in starts]
-            write_rows(target / f"{name}.jsonl", says)
-    if not (target / "openings_more.jsonl").is_file():
-        write_rows(target / "openings_more.jsonl", list(rows(target / "warm_up.jsonl"))[::-1])
-    if not (target / "stage1_more.jsonl").is_file():
-        write_rows(target / "stage1_more.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
-    for name, used in (("stage1", USED_PASSAGES), ("openings", USED_OPENINGS)):
-        if not (target / f"{name}_order.jsonl").is_file():
-            write_rows(target / f"{name}_order.jsonl", list(rows(target / f"{name}_more.jsonl"))[used:])
+            write_rows(target / f"{name}.jsonl", list(map(again, starts)))
+    if not (target / "stage1_short.jsonl").is_file():
+        write_rows(target / "stage1_short.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
+    for which, more in part.further.items():
+        if not (target / f"stage1_{which}.jsonl").is_file():
+            write_rows(target / f"stage1_{which}.jsonl", list(rows(target / "stage1_short.jsonl"))[more.passages :])
+        if not (target / f"openings_{which}.jsonl").is_file():
+            write_rows(target / f"openings_{which}.jsonl", list(rows(target / "warm_up.jsonl"))[::-1][more.openings :])
+        if len(more.shares.split(",")) == 3 and not (target / "words.jsonl").is_file():
+            passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
+            write_rows(target / "words.jsonl", list(map(again, words(passages, tokenizer))))
+    if part.what_follows and not (target / "what_follows.jsonl").is_file():
+        write_rows(
+            target / "what_follows.jsonl", what_follows([row["docs"][0] for row in rows(target / "warm_up.jsonl")])
+        )
     if not (target / "instruction.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[1]))
-        questions = [single(row) for row in rows(target / "stage1_more.jsonl") if row["data_type"] == "qa"]
+        questions = [single(row) for row in rows(target / "stage1_short.jsonl") if row["data_type"] == "qa"]
         n = min(len(records), len(questions) // part.single)
         write_rows(target / "instruction.jsonl", shuffled(shuffled(records)[:n] + questions[: n * part.single]))
     if not (target / "e2e.jsonl").is_file():

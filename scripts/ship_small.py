@@ -76,6 +76,7 @@ def card(record: Path, name: str, answers: list[dict], unseen: list[dict], model
         for figure in results.runs.get(f"{name}_say_again", {"figures": []})["figures"]
         if figure["system"] == SYSTEM and figure["metric"] in SAID_AGAIN
     ]
+    words = " (in `stage1_words` also words in no order)" if any("_words_" in run for run, _ in runs) else ""
     config, unfinished = model.config, ""
     if right < WANTED:
         unfinished = f"""
@@ -113,7 +114,7 @@ given with `decoder_model_name=`.
 
 It leaves the published method in these ways: `--rescale_memory`, `--spread_memory`, `--span_loss_weight` and
 `--span_decay` (docs/TRAINING_GUIDE.md); and `warm_up`, like half of `stage1` and two thirds of what follows it, only
-says the openings of passages again.
+says the openings of passages again{words}.
 
 {DATA}{DATA_OF_STAGE1_2 if any(row[1] == "stage1_2" for row in trained) else ""}
 

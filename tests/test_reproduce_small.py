@@ -5,10 +5,10 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from evaluation import evaluate
@@ -67,11 +67,8 @@ def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_d
         program, given = step.command[2], step.command[3:]
         if program == "openrlhf.cli.train_sft":
             config = train_sft.parse(given)
-            assert (
-                config.bf16 == torch.cuda.is_available()
-                and config.load_checkpoint
-                and config.save_path == str(step.done.parent)
-            )
+            assert config.bf16 == reproduce.has_bfloat16()
+            assert config.load_checkpoint and config.save_path == str(step.done.parent)
             start = config.pretrain_checkpoint
             assert start is None or Path(start).relative_to(tmp_path / "work" / "checkpoints").as_posix() in trained
             trained.append(step.name)
@@ -122,6 +119,20 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     assert openings and all(row["docs"] == row["answers"] for row in openings)
     more = [json.loads(line) for line in (target / "openings_more.jsonl").read_text().splitlines()]
     assert more == openings[::-1]
+    followed = load_records(str(target / "what_follows.jsonl"), "stage1_2")
+    assert len(followed) > len(openings) // 2
+    for row in followed:
+        named = row["question"][0].removeprefix('Which words follow "').removesuffix('"?')
+        assert len(named.split()) == 4 and f"{named} {row['answers'][0]}" in " ".join(row["docs"][0].split())
+        assert 2 <= len(row["answers"][0].split()) <= 6
+    unordered = [json.loads(line) for line in (target / "words.jsonl").read_text().splitlines()]
+    assert unordered and all(row["docs"] == row["answers"] for row in unordered)
+    passages = [row["docs"][0].split("\n", 1)[-1] for row in load_records(str(target / "stage1.jsonl"), "stage1")]
+    for row, passage in zip(unordered, passages, strict=True):
+        drawn = row["docs"][0].split()
+        assert len(tokenizer(row["docs"][0]).input_ids) <= reproduce.LONGEST_WORDS + 3
+        assert not Counter(drawn[:-1]) - Counter(passage.split()), "the last word may be cut"
+        assert len(drawn) < 8 or row["docs"][0] not in " ".join(passage.split())
     records = load_records(str(data / "train" / "stage1_train.jsonl"), "stage1")
     originals = [row["docs"][0].split("\n", 1)[-1] for row in records]
     assert all(any(text.startswith(row["docs"][0][:20]) for text in originals) for row in openings)

@@ -292,12 +292,14 @@ CHANGES = {
     "compress_rate": (4, "compress_rate: 8 then, 4 now"),
     "freeze_memory_embeddings": (True, "freeze_memory_embeddings: False then, True now"),
     "span_loss_weight": (0.5, "span_loss_weight: 0.0 then, 0.5 now"),
+    "span_decay": (0.5, "span_decay: 1.0 then, 0.5 now"),
     "rescale_memory": (True, "rescale_memory: False then, True now"),
     "spread_memory": (True, "spread_memory: False then, True now"),
     "group_by_length": (True, "group_by_length: False then, True now"),
     "zero_stage": (1, "zero_stage: 2 then, 1 now"),
     "bf16": (True, "bf16: False then, True now"),
 }
+GO_WITH = {"span_decay": {"span_loss_weight": 0.5}}  # flags without which one is no valid flag
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +321,8 @@ def refused(folder: Path, options: dict, ranks: int = 1) -> str:
 def test_changed_settings_are_refused_before_the_model_loads(whole, unweighted, name):
     value, reason = CHANGES[name]
     before = whole.saved()
-    said = refused(whole.folder, {**data(whole.folder.parent), "pretrain": unweighted, name: value})
+    changed = {name: value, **GO_WITH.get(name, {})}
+    said = refused(whole.folder, {**data(whole.folder.parent), "pretrain": unweighted, **changed})
     assert "is a run of other settings and cannot be resumed" in said and reason in said
     assert "base model" not in said and whole.saved() == before
 
