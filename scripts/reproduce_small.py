@@ -115,7 +115,7 @@ PARTS = {
         },
         what_follows=True,
         short=80,
-        questions=2,
+        questions=25,
         micro=4,
     ),
 }
@@ -505,7 +505,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="directory with train/, eval/ and extra/")
     parser.add_argument("--base", default=".models/SmolLM2-135M-Instruct", help="base model")
     parser.add_argument(
-        "--part", choices=PARTS, default="full", help="cpu: one rate, short documents, an hour or two on a CPU"
+        "--part", choices=PARTS, default="full", help="cpu: one rate, short documents, half a day on a CPU"
     )
     parser.add_argument("--work", type=Path, help="where everything goes (default: results/reproduction_PART)")
     parser.add_argument("--slice", type=float, default=0, help="stop after so many seconds (status 75); 0: never")

@@ -160,7 +160,7 @@ class LocalEngine:
     @property
     def running(self) -> int:
         """Answers that are being written."""
-        return len(self._rows())
+        return sum(map(_open, self._rows()))  # those that ended are dropped at the next change
 
     @property
     def waiting(self) -> int:
