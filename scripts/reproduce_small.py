@@ -63,7 +63,8 @@ class Further:
 class Part:
     """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
     question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with the runs of `further`, over
-    passages of at most `short` tokens, of which stage 1_2 then takes its single questions."""
+    passages of at most `short` tokens, of which stage 1_2 then takes its single questions; with
+    `what_follows`, half of stage 1_2 asks which words follow others."""
 
     doc_max_length: int
     single: int
@@ -352,9 +353,12 @@ def single(record: dict) -> dict:
     question, answer = random.Random(record["docs"][0]).choice(
         list(zip(record["question"], record["answers"], strict=True))
     )
-    return {
-        "question": question, "docs": record["docs"], "golden_answers": [answer], "answer": answer, "pos_index": [0]
-    }  # fmt: skip
+    return instruction(question, record["docs"], answer)
+
+
+def instruction(question: str, docs: list[str], answer: str) -> dict:
+    """A record of stage 1_2 over one document."""
+    return {"question": question, "docs": docs, "golden_answers": [answer], "answer": answer, "pos_index": [0]}
 
 
 def what_follows(texts: list[str]) -> list[dict]:
@@ -370,9 +374,7 @@ def what_follows(texts: list[str]) -> list[dict]:
         place = rng.choice(rare if rare and rng.random() < 0.7 else places)
         answer = " ".join(drawn[place : place + rng.randint(2, 6)])
         question = f'Which words follow "{" ".join(drawn[place - 4 : place])}"?'
-        found.append(
-            {"question": question, "docs": [text], "golden_answers": [answer], "answer": answer, "pos_index": [0]}
-        )
+        found.append(instruction(question, [text], answer))
     return found
 
 
