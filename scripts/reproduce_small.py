@@ -10,116 +10,24 @@ results/reproduction_PART. Trains and measures nothing itself.
 import argparse
 import importlib.util
 import json
-import random
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from reproduction_data import HELD_OUT, LONGEST_OPENING, TRAIN_FILES, prepare
+from reproduction_parts import PARTS, Run
 
 from openrlhf.utils.logging import write_whole
 
-TRAIN_FILES = ("train/stage1_train.jsonl", "train/instruction_train.jsonl", "train/e2e_train.jsonl")
-HELD_OUT = "train/stage1_val.jsonl"
-SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
 HALF = "0.5,0.5"  # shares: in stage 1 of QA sets and of openings to be said again
-DECAY = ("--span_decay", "0.5")
-LONGEST_WORDS = 64
-POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 CONSTANT = "constant_with_warmup"
 SLICE_OVER = 75
 ABLATED_RATE = 16
-
-
-@dataclass(frozen=True)
-class Run:
-    """Size of a training run; `samples` are records of one epoch."""
-
-    samples: int
-    batch: int
-    lr: float
-    epochs: int = 1
-
-
-@dataclass(frozen=True)
-class Further:
-    """A run with which stage 1 goes on. `shares` are of QA sets, of openings and, where there are three, of words in no
-    order; the first `passages` and `openings` were used before it."""
-
-    run: Run
-    shares: str
-    passages: int = 0
-    openings: int = 0
-    flags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Part:
-    """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
-    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with the runs of `further`, over
-    passages of at most `short` tokens, of which stage 1_2 then takes its single questions; with
-    `what_follows`, half of stage 1_2 asks which words follow others."""
-
-    doc_max_length: int
-    single: int
-    rates: tuple[int, ...]
-    warm_up: Run
-    stage1: Run
-    stage1_2: Run
-    stage2: Run
-    text_rag: Run
-    ablation: Run | None
-    further: dict[str, Further]
-    what_follows: bool
-    short: int
-    questions: int | None
-    micro: int
-
-
-PARTS = {
-    "full": Part(
-        doc_max_length=256,
-        single=3,
-        rates=(4, 16, 32, 64, 128),
-        warm_up=Run(26000, 64, 1e-3, 2),
-        stage1=Run(32000, 64, 5e-4, 2),
-        stage1_2=Run(11808, 32, 2e-4, 2),
-        stage2=Run(12922, 32, 5e-5, 1),
-        text_rag=Run(24730, 32, 2e-4, 1),
-        ablation=Run(5000, 64, 5e-4, 1),
-        further={},
-        what_follows=False,
-        short=256,
-        questions=None,
-        micro=64,
-    ),
-    "cpu": Part(
-        doc_max_length=128,
-        single=19,
-        rates=(4,),
-        warm_up=Run(1200, 4, 1e-3),
-        stage1=Run(1280, 4, 8e-4),
-        stage1_2=Run(1600, 4, 5e-4),
-        stage2=Run(64, 8, 2e-5),
-        text_rag=Run(240, 8, 3e-4),
-        ablation=None,
-        further={
-            "more": Further(Run(2400, 4, 8e-4), "0.35,0.65"),
-            "order": Further(Run(800, 4, 6e-4), "0.35,0.65", 1200, 3000, DECAY),
-            "words": Further(Run(2400, 4, 8e-4), "0.2,0.3,0.5", 1600, 3700, DECAY),
-        },
-        what_follows=True,
-        short=80,
-        questions=25,
-        micro=4,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -204,7 +112,7 @@ class Plan:
             )  # fmt: skip
             trained, said_again, decay = first, [first], ()
             for which, more in part.further.items():
-                files = [f"stage1_{which}.jsonl", f"openings_{which}.jsonl", "words.jsonl"]
+                files = [f"stage1_{which}.jsonl", f"openings_{which}.jsonl", "words.jsonl", "follow.jsonl"]
                 mixed = [self.data / file for file in files[: len(more.shares.split(","))]]
                 trained = self.train(
                     f"stage1_{which}_{at}", "stage1", rate, mixed, more.run,
@@ -295,151 +203,6 @@ def has_bfloat16() -> bool:
     """Whether training in bfloat16 is the faster way: on GPUs, and on CPUs with instructions for it."""
     facts = Path("/proc/cpuinfo")
     return torch.cuda.is_available() or (facts.is_file() and "avx512_bf16" in facts.read_text(encoding="utf-8"))
-
-
-def rows(path: Path) -> Iterator[dict]:
-    """The records of a JSONL file."""
-    with path.open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
-def write_rows(path: Path, records: list[dict]) -> None:
-    """A JSONL file, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def openings(passages: list[str], tokenizer: Any) -> list[str]:
-    """The first tokens of each passage's body, in an order drawn with a fixed seed; many short ones and few long ones
-    (the logarithm of the length is uniform)."""
-    rng = random.Random(0)
-    passages = list(passages)
-    rng.shuffle(passages)
-    bodies = [passage.split("\n", 1)[-1] for passage in passages]
-    return cut(bodies, [length(rng, LONGEST_OPENING) for _ in bodies], tokenizer)
-
-
-def words(passages: list[str], tokenizer: Any) -> list[str]:
-    """Words of each passage's body in no order, cut as openings are. Of a text one can guess most words from those
-    before them; to say these again, one has to read them."""
-    rng = random.Random(1)
-    texts, lengths = [], []
-    for passage in passages:
-        drawn = passage.split("\n", 1)[-1].split()
-        rng.shuffle(drawn)
-        texts.append(" ".join(drawn))
-        lengths.append(length(rng, LONGEST_WORDS))
-    return cut(texts, lengths, tokenizer)
-
-
-def length(rng: random.Random, longest: int) -> int:
-    """Tokens of a text to be said again."""
-    return round(SHORTEST_OPENING * (longest / SHORTEST_OPENING) ** rng.random())
-
-
-def cut(texts: list[str], lengths: list[int], tokenizer: Any) -> list[str]:
-    """The first tokens of each text that has any."""
-    ids = tokenizer(texts, add_special_tokens=False).input_ids
-    return [str(tokenizer.decode(row[:n])).strip() for row, n in zip(ids, lengths, strict=True) if row]
-
-
-def again(text: str) -> dict:
-    """A record of stage 1 that says its document again, word by word."""
-    return {"data_type": "paraphrase", "question": "", "answers": [text], "docs": [text]}
-
-
-def single(record: dict) -> dict:
-    """One question of a QA set, drawn by its text, over its document alone: a record of stage 1_2."""
-    question, answer = random.Random(record["docs"][0]).choice(
-        list(zip(record["question"], record["answers"], strict=True))
-    )
-    return instruction(question, record["docs"], answer)
-
-
-def instruction(question: str, docs: list[str], answer: str) -> dict:
-    """A record of stage 1_2 over one document."""
-    return {"question": question, "docs": docs, "golden_answers": [answer], "answer": answer, "pos_index": [0]}
-
-
-def what_follows(texts: list[str]) -> list[dict]:
-    """A question about each text that is long enough: which words follow four of its words; records of stage 1_2. They
-    need no labels, and nothing but the place in the text tells the answer. Most begin with a name or a number."""
-    rng, found = random.Random(2), []
-    for text in texts:
-        drawn = text.split()[:-1]  # the last may be cut
-        places = range(4, len(drawn) - 2)
-        if not places:
-            continue
-        rare = [i for i in places if drawn[i][0].isupper() or drawn[i][0].isdigit()]
-        place = rng.choice(rare if rare and rng.random() < 0.7 else places)
-        answer = " ".join(drawn[place : place + rng.randint(2, 6)])
-        question = f'Which words follow "{" ".join(drawn[place - 4 : place])}"?'
-        found.append(instruction(question, [text], answer))
-    return found
-
-
-def prepare(data: Path, target: Path, base: str, part: Part) -> None:
-    """Training files from the layout of the guide, each made once.
-
-    stage1.jsonl has the passages of at most `part.doc_max_length` tokens, stage1_qa.jsonl leaves its paraphrases out;
-    stage1_short.jsonl has those of at most `part.short` tokens, turned round, so that what was not used yet comes
-    first. warm_up.jsonl says the openings of passages again, word by word. For each further run of stage 1,
-    stage1_RUN.jsonl and openings_RUN.jsonl (turned round, too) go on behind what was used of them; words.jsonl has
-    words in no order.
-    instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl is the
-    end-to-end file and the training questions of the pool with their passages written out. All are shuffled with a
-    fixed seed.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-
-    def at_most(records: list[dict], longest: int) -> list[dict]:
-        ids = tokenizer([record["docs"][0] for record in records], add_special_tokens=False).input_ids
-        return [record for record, row in zip(records, ids, strict=True) if len(row) <= longest]
-
-    def shuffled(records: list[dict]) -> list[dict]:
-        random.Random(0).shuffle(records)
-        return records
-
-    first = data / TRAIN_FILES[0]
-    if not (target / "stage1.jsonl").is_file():
-        write_rows(target / "stage1.jsonl", at_most(shuffled(list(rows(first))), part.doc_max_length))
-    if not (target / "stage1_qa.jsonl").is_file():
-        found = [record for record in rows(target / "stage1.jsonl") if record["data_type"] == "qa"]
-        write_rows(target / "stage1_qa.jsonl", found)
-    for name, source, limit in (("warm_up", first, None), ("warm_up_held_out", data / HELD_OUT, HELD_OUT_OPENINGS)):
-        if not (target / f"{name}.jsonl").is_file():
-            starts = openings([record["docs"][0] for record in rows(source)], tokenizer)[:limit]
-            write_rows(target / f"{name}.jsonl", list(map(again, starts)))
-    if not (target / "stage1_short.jsonl").is_file():
-        write_rows(target / "stage1_short.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
-    for which, more in part.further.items():
-        if not (target / f"stage1_{which}.jsonl").is_file():
-            write_rows(target / f"stage1_{which}.jsonl", list(rows(target / "stage1_short.jsonl"))[more.passages :])
-        if not (target / f"openings_{which}.jsonl").is_file():
-            write_rows(target / f"openings_{which}.jsonl", list(rows(target / "warm_up.jsonl"))[::-1][more.openings :])
-        if len(more.shares.split(",")) == 3 and not (target / "words.jsonl").is_file():
-            passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
-            write_rows(target / "words.jsonl", list(map(again, words(passages, tokenizer))))
-    if part.what_follows and not (target / "what_follows.jsonl").is_file():
-        write_rows(
-            target / "what_follows.jsonl", what_follows([row["docs"][0] for row in rows(target / "warm_up.jsonl")])
-        )
-    if not (target / "instruction.jsonl").is_file():
-        records = list(rows(data / TRAIN_FILES[1]))
-        questions = [single(row) for row in rows(target / "stage1_short.jsonl") if row["data_type"] == "qa"]
-        n = min(len(records), len(questions) // part.single)
-        write_rows(target / "instruction.jsonl", shuffled(shuffled(records)[:n] + questions[: n * part.single]))
-    if not (target / "e2e.jsonl").is_file():
-        records = list(rows(data / TRAIN_FILES[2]))
-        if (data / POOL).is_file():
-            passages = {row["id"]: row["text"] for row in rows(data / CORPUS)}
-            for row in rows(data / POOL):
-                if row["split"] == "train":
-                    kept = {key: row[key] for key in ("question", "golden_answers", "answer", "pos_index")}
-                    records.append({**kept, "docs": [passages[i] for i in row["doc_ids"]]})
-        write_rows(target / "e2e.jsonl", shuffled(records))
 
 
 def run(steps: list[Step], work: Path, seconds: float) -> bool:

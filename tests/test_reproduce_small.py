@@ -28,6 +28,7 @@ def module(name: str):
     return made
 
 
+parts, prepared = module("reproduction_parts"), module("reproduction_data")  # in the order they need one another
 reproduce, report = module("reproduce_small"), module("reproduction_report")
 
 
@@ -103,8 +104,8 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
         for line in (data / "train" / "stage1_train.jsonl").read_text().splitlines()
     )
     longest, short = lengths[2 * len(lengths) // 3], lengths[len(lengths) // 2]
-    part = dataclasses.replace(reproduce.PARTS["cpu"], doc_max_length=longest, short=short, single=2)
-    reproduce.prepare(data, target, str(mistral), part)
+    part = dataclasses.replace(parts.PARTS["cpu"], doc_max_length=longest, short=short, single=2)
+    prepared.prepare(data, target, str(mistral), part)
     assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, "30 of the file and one of the pool's two"
     assert len(load_records(str(target / "stage1.jsonl"), "stage1")) == sum(n <= longest for n in lengths) < 30
     shorter = list(load_records(str(target / "stage1_more.jsonl"), "stage1"))
@@ -125,21 +126,27 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
         named = row["question"][0].removeprefix('Which words follow "').removesuffix('"?')
         assert len(named.split()) == 4 and f"{named} {row['answers'][0]}" in " ".join(row["docs"][0].split())
         assert 2 <= len(row["answers"][0].split()) <= 6
+    sets = list(load_records(str(target / "follow.jsonl"), "stage1"))
+    assert len(sets) > sum(n <= longest for n in lengths) // 3 and any(len(row["question"]) == prepared.ASKED for row in sets)
+    for row in sets:
+        for question, answer in zip(row["question"], row["answers"], strict=True):
+            named = question.removeprefix('Which words follow "').removesuffix('"?')
+            assert len(named.split()) == 4 and f"{named} {answer}" in " ".join(row["docs"][0].split())
     unordered = [json.loads(line) for line in (target / "words.jsonl").read_text().splitlines()]
     assert unordered and all(row["docs"] == row["answers"] for row in unordered)
     passages = [row["docs"][0].split("\n", 1)[-1] for row in load_records(str(target / "stage1.jsonl"), "stage1")]
     for row, passage in zip(unordered, passages, strict=True):
         drawn = row["docs"][0].split()
-        assert len(tokenizer(row["docs"][0]).input_ids) <= reproduce.LONGEST_WORDS + 3
+        assert len(tokenizer(row["docs"][0]).input_ids) <= prepared.LONGEST_WORDS + 3
         assert not Counter(drawn[:-1]) - Counter(passage.split()), "the last word may be cut"
         assert len(drawn) < 8 or row["docs"][0] not in " ".join(passage.split())
     records = load_records(str(data / "train" / "stage1_train.jsonl"), "stage1")
     originals = [row["docs"][0].split("\n", 1)[-1] for row in records]
     assert all(any(text.startswith(row["docs"][0][:20]) for text in originals) for row in openings)
-    assert all(len(tokenizer(row["docs"][0]).input_ids) <= reproduce.LONGEST_OPENING + 3 for row in openings)
+    assert all(len(tokenizer(row["docs"][0]).input_ids) <= prepared.LONGEST_OPENING + 3 for row in openings)
     assert {row["data_type"] for row in load_records(str(target / "stage1_qa.jsonl"), "stage1")} == {"qa"}
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
-    reproduce.prepare(data, target, str(mistral), part)
+    prepared.prepare(data, target, str(mistral), part)
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
 
 

@@ -19,7 +19,7 @@ from openrlhf.datasets.collators import (
     text_length,
 )
 from openrlhf.datasets.records import RETRIEVED, load_records
-from openrlhf.models.adapters import DECODER, QUERY, adapter_state
+from openrlhf.models.adapters import DECODER, QUERY, adapter_state, set_dropout
 from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config, trained_state
 from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.models.document_cache import LookUp
@@ -229,6 +229,7 @@ def build_model(config: TrainingConfig, model_cfg: CLaRaConfig, root: Path | Non
         model.reset_adapter(DECODER)
     if config.fresh_query_reasoner:
         model.reset_adapter(QUERY)
+    set_dropout(model.decoder, config.lora_dropout)
     model.to(device=device)  # type: ignore[call-arg]
     model.train_stage(config.stage, freeze_query_reasoner=config.freeze_query_reasoner)
     if config.gradient_checkpointing:

@@ -43,6 +43,7 @@ class TrainingConfig:
     span_decay: float = _flag(1.0, "in the span loss a token of a span weighs this times the one before it")
     topk_temperature: float = _flag(0.02, "tau of the straight-through top-k")
     lora_r: int = _flag(16, "rank of the adapters")
+    lora_dropout: float = _flag(0.1, "share of the adapters' inputs that training leaves out")
     reset_decoder: bool = _flag(False, "stage1_2: start a fresh generator adapter")
     freeze_query_reasoner: bool = _flag(False, "stage 2: train the generator only")
     fresh_query_reasoner: bool = _flag(False, "stage 2: do not start the query reasoner from the compressor")
@@ -132,8 +133,9 @@ class TrainingConfig:
             found.append("--span_decay must be above 0 and at most 1, where all tokens of a span weigh the same")
         elif self.span_decay < 1 and not self.span_loss_weight:
             found.append("--span_decay weighs the tokens of the span loss: it needs --span_loss_weight")
-        if not 0 <= self.lr_warmup_ratio < 1:
-            found.append("--lr_warmup_ratio must be at least 0 and below 1")
+        for name in ("lr_warmup_ratio", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"--{name} must be at least 0 and below 1")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             found.append("--adam_betas must be two numbers, at least 0 and below 1")
         if self.eval_steps != -1 and self.eval_steps < 1:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from openrlhf.models.adapters import DECODER, ENCODER, QUERY, AdapterRouter, SpecialEmbeddings, add_adapter
+from openrlhf.models.adapters import DECODER, ENCODER, QUERY, AdapterRouter, SpecialEmbeddings, add_adapter, set_dropout
 from openrlhf.models.configuration_clara import TEXT_RAG
 from openrlhf.models.modeling_clara import CPU_TOKENS, INFERENCE_BATCH, STAGE_TRAINS, CLaRa
 from openrlhf.models.selection import cosine_scores, differentiable_topk
@@ -67,6 +67,7 @@ class Plan:
     answer_tokens: float = 0
     question_tokens: float = 0
     lora_r: int = 16
+    lora_dropout: float = 0.1
     mse_loss: bool = False
     span_loss_weight: float = 0.0
     freeze_query_reasoner: bool = False
@@ -175,6 +176,7 @@ class Skeleton:
             names = (ENCODER, DECODER, *((QUERY,) if plan.stage in STAGE2 else ()))
             for name in (DECODER,) if plan.stage == TEXT_RAG else names:
                 add_adapter(self.decoder, name, plan.lora_r, "")
+            set_dropout(self.decoder, plan.lora_dropout)
             weight = self.decoder.get_input_embeddings().weight
             self.tokens = SimpleNamespace(first_special_id=len(weight) - plan.n_memory_tokens - 3)
             rows_SD = torch.randn(plan.n_memory_tokens + 3, weight.shape[1], dtype=weight.dtype)

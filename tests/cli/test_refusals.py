@@ -92,6 +92,8 @@ VALUES = [
     ({"span_decay": 0.5}, "--span_decay weighs the tokens of the span loss: it needs --span_loss_weight"),
     ({"lr_warmup_ratio": 1.0}, "--lr_warmup_ratio must be at least 0 and below 1"),
     ({"lr_warmup_ratio": -0.1}, "--lr_warmup_ratio must be at least 0 and below 1"),
+    ({"lora_dropout": 1.0}, "--lora_dropout must be at least 0 and below 1"),
+    ({"lora_dropout": -0.1}, "--lora_dropout must be at least 0 and below 1"),
     ({"adam_betas": [0.9, 1.0]}, "--adam_betas must be two numbers, at least 0 and below 1"),
     ({"adam_betas": [-0.1, 0.95]}, "--adam_betas must be two numbers, at least 0 and below 1"),
     ({"adam_betas": [0.9]}, "--adam_betas must be two numbers, at least 0 and below 1"),

@@ -18,7 +18,7 @@ KEY = "local-key-0815-4711"
 DEFAULTS = {
     "pretrain_checkpoint": None, "stage": "stage1", "generation_top_k": 1, "doc_max_length": 256, "compress_rate": 32,
     "qa_loss": True, "mse_loss": False, "mse_loss_weight": 0.1, "span_loss_weight": 0.0, "span_decay": 1.0,
-    "topk_temperature": 0.02, "lora_r": 16,
+    "topk_temperature": 0.02, "lora_r": 16, "lora_dropout": 0.1,
     "reset_decoder": False, "freeze_query_reasoner": False, "fresh_query_reasoner": False,
     "rescale_memory": False, "spread_memory": False, "document_store": None, "freeze_memory_embeddings": False,
     "stage2_mips": False, "stage2_retrieval_top_n": 1, "retrieval_url": "http://127.0.0.1:5004",

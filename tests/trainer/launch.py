@@ -25,7 +25,6 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from openrlhf.trainer.config import TrainingConfig
-from tests.tiny import set_dropout
 from tests.trainer.facts import records, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -285,12 +284,11 @@ def exact_trainer(arguments: list[str]):
     from openrlhf.trainer.sft_trainer import SFTTrainer
     from openrlhf.utils import distributed
 
-    settings = config(arguments)
+    settings = config([*arguments, "--lora_dropout", "0"])
     device = distributed.start_processes()
     root = build.resolve_paths(settings)
     data, eval_data = build.load_data(settings)
     model = build.build_model(settings, build.model_config(settings, root), root, device)
-    set_dropout(model, 0.0)
     model.double()
     n_steps = -(-len(data) // settings.train_batch_size) * settings.max_epochs
     engine = build.build_engine(settings, model, n_steps)

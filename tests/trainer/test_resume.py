@@ -288,6 +288,7 @@ CHANGES = {
     "max_samples": (19, "records: 20 then, 19 now"),
     "mse_loss": (None, "mse_loss: True then, False now"),
     "lr_scheduler": ("linear", "lr_scheduler: cosine_with_min_lr then, linear now"),
+    "lora_dropout": (0.0, "lora_dropout: 0.1 then, 0.0 now"),
     "lora_r": (2, "lora_r: 4 then, 2 now"),
     "compress_rate": (4, "compress_rate: 8 then, 4 now"),
     "freeze_memory_embeddings": (True, "freeze_memory_embeddings: False then, True now"),

@@ -197,6 +197,16 @@ def test_lora_r_is_the_rank_and_alpha_is_twice_it(small):
     assert (fields["r"], fields["lora_alpha"], fields["lora_dropout"]) == (2, 4, 0.1)
 
 
+def test_lora_dropout_is_chosen_for_each_run_and_kept_in_the_adapters_file(small):
+    """Of the checkpoint that is continued nothing is left of it."""
+    first = small("stage1", source="", lora_dropout=0.0)
+    fields = json.loads((first.folder / "encoder_adapter" / "adapter_config.json").read_text())
+    assert fields["lora_dropout"] == 0.0
+    then = small("stage1_2", "then", source="", pretrain_checkpoint=first.folder)
+    fields = json.loads((then.folder / "encoder_adapter" / "adapter_config.json").read_text())
+    assert fields["lora_dropout"] == 0.1
+
+
 def retrieval_loss(folder, data: list[dict], temperature: float) -> float:
     """−log Σ p of the positives, from vectors computed outside the training code."""
     from openrlhf.models.modeling_clara import CLaRa

@@ -1,0 +1,207 @@
+"""Training files of the small model's plan, made from the data in the layout of docs/REPRODUCTION_GUIDE.md.
+
+Contract: `prepare` writes each file once, whole, and the same from the same data. Trains nothing; reproduce_small.py
+says which run reads which file.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reproduction_parts import Part
+
+from openrlhf.utils.logging import write_whole
+
+TRAIN_FILES = ("train/stage1_train.jsonl", "train/instruction_train.jsonl", "train/e2e_train.jsonl")
+HELD_OUT = "train/stage1_val.jsonl"
+POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
+SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
+LONGEST_WORDS = 64
+ASKED = 6  # questions of a set about words that follow
+
+
+def rows(path: Path) -> Iterator[dict]:
+    """The records of a JSONL file."""
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def write_rows(path: Path, records: list[dict]) -> None:
+    """A JSONL file, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def openings(passages: list[str], tokenizer: Any) -> list[str]:
+    """The first tokens of each passage's body, in an order drawn with a fixed seed; many short ones and few long ones
+    (the logarithm of the length is uniform)."""
+    rng = random.Random(0)
+    passages = list(passages)
+    rng.shuffle(passages)
+    bodies = [passage.split("\n", 1)[-1] for passage in passages]
+    return cut(bodies, [length(rng, LONGEST_OPENING) for _ in bodies], tokenizer)
+
+
+def words(passages: list[str], tokenizer: Any) -> list[str]:
+    """Words of each passage's body in no order, cut as openings are. Of a text one can guess most words from those
+    before them; to say these again, one has to read them."""
+    rng = random.Random(1)
+    texts, lengths = [], []
+    for passage in passages:
+        drawn = passage.split("\n", 1)[-1].split()
+        rng.shuffle(drawn)
+        texts.append(" ".join(drawn))
+        lengths.append(length(rng, LONGEST_WORDS))
+    return cut(texts, lengths, tokenizer)
+
+
+def length(rng: random.Random, longest: int) -> int:
+    """Tokens of a text to be said again."""
+    return round(SHORTEST_OPENING * (longest / SHORTEST_OPENING) ** rng.random())
+
+
+def cut(texts: list[str], lengths: list[int], tokenizer: Any) -> list[str]:
+    """The first tokens of each text that has any."""
+    ids = tokenizer(texts, add_special_tokens=False).input_ids
+    return [str(tokenizer.decode(row[:n])).strip() for row, n in zip(ids, lengths, strict=True) if row]
+
+
+def again(text: str) -> dict:
+    """A record of stage 1 that says its document again, word by word."""
+    return {"data_type": "paraphrase", "question": "", "answers": [text], "docs": [text]}
+
+
+def single(record: dict) -> dict:
+    """One question of a QA set, drawn by its text, over its document alone: a record of stage 1_2."""
+    question, answer = random.Random(record["docs"][0]).choice(
+        list(zip(record["question"], record["answers"], strict=True))
+    )
+    return instruction(question, record["docs"], answer)
+
+
+def instruction(question: str, docs: list[str], answer: str) -> dict:
+    """A record of stage 1_2 over one document."""
+    return {"question": question, "docs": docs, "golden_answers": [answer], "answer": answer, "pos_index": [0]}
+
+
+def which_words(rng: random.Random, drawn: list[str], place: int) -> tuple[str, str]:
+    """The question which words follow the four before `place`, and its answer, two to six words."""
+    return (
+        f'Which words follow "{" ".join(drawn[place - 4 : place])}"?',
+        " ".join(drawn[place : place + rng.randint(2, 6)]),
+    )
+
+
+def places(drawn: list[str]) -> range:
+    """Where such questions can point to; the last word may be cut."""
+    return range(4, len(drawn) - 3)
+
+
+def what_follows(texts: list[str]) -> list[dict]:
+    """A question about each text that is long enough: which words follow four of its words; records of stage 1_2. They
+    need no labels, and nothing but the place in the text tells the answer. Most begin with a name or a number."""
+    rng, found = random.Random(2), []
+    for text in texts:
+        drawn = text.split()
+        if not places(drawn):
+            continue
+        rare = [i for i in places(drawn) if drawn[i][0].isupper() or drawn[i][0].isdigit()]
+        place = rng.choice(rare if rare and rng.random() < 0.7 else places(drawn))
+        question, answer = which_words(rng, drawn[:-1], place)
+        found.append(instruction(question, [text], answer))
+    return found
+
+
+def follow_sets(passages: list[str], tokenizer: Any) -> list[dict]:
+    """Sets of such questions over one text, as stage 1 has sets. In every second text the words are in no order, so
+    that the answers cannot be guessed from the words before them."""
+    rng, texts = random.Random(3), []
+    for number, passage in enumerate(passages):
+        drawn = passage.split("\n", 1)[-1].split()
+        if number % 2:
+            rng.shuffle(drawn)
+        texts.append(" ".join(drawn))
+    found = []
+    for text in cut(texts, [length(rng, LONGEST_WORDS) for _ in texts], tokenizer):
+        drawn = text.split()
+        if not places(drawn):
+            continue
+        some = rng.sample(places(drawn), min(len(places(drawn)), ASKED))
+        questions, answers = zip(*(which_words(rng, drawn[:-1], place) for place in some), strict=True)
+        found.append({"data_type": "qa", "question": list(questions), "answers": list(answers), "docs": [text]})
+    return found
+
+
+def prepare(data: Path, target: Path, base: str, part: Part) -> None:
+    """Training files from the layout of the guide, each made once.
+
+    stage1.jsonl has the passages of at most `part.doc_max_length` tokens, stage1_qa.jsonl leaves its paraphrases out;
+    stage1_short.jsonl has those of at most `part.short` tokens, turned round, so that what was not used yet comes
+    first. warm_up.jsonl says the openings of passages again, word by word. For each further run of stage 1,
+    stage1_RUN.jsonl and openings_RUN.jsonl (turned round, too) go on behind what was used of them, or stage1_RUN.jsonl
+    has the passages that are not short; words.jsonl has words in no order, follow.jsonl sets of questions which words
+    follow, what_follows.jsonl one such question a record.
+    instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl is the
+    end-to-end file and the training questions of the pool with their passages written out. All are shuffled with a
+    fixed seed.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+
+    def at_most(records: list[dict], longest: int) -> list[dict]:
+        ids = tokenizer([record["docs"][0] for record in records], add_special_tokens=False).input_ids
+        return [record for record, row in zip(records, ids, strict=True) if len(row) <= longest]
+
+    def shuffled(records: list[dict]) -> list[dict]:
+        random.Random(0).shuffle(records)
+        return records
+
+    first = data / TRAIN_FILES[0]
+    if not (target / "stage1.jsonl").is_file():
+        write_rows(target / "stage1.jsonl", at_most(shuffled(list(rows(first))), part.doc_max_length))
+    if not (target / "stage1_qa.jsonl").is_file():
+        found = [record for record in rows(target / "stage1.jsonl") if record["data_type"] == "qa"]
+        write_rows(target / "stage1_qa.jsonl", found)
+    for name, source, limit in (("warm_up", first, None), ("warm_up_held_out", data / HELD_OUT, HELD_OUT_OPENINGS)):
+        if not (target / f"{name}.jsonl").is_file():
+            starts = openings([record["docs"][0] for record in rows(source)], tokenizer)[:limit]
+            write_rows(target / f"{name}.jsonl", list(map(again, starts)))
+    if not (target / "stage1_short.jsonl").is_file():
+        write_rows(target / "stage1_short.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
+    for which, more in part.further.items():
+        if not (target / f"stage1_{which}.jsonl").is_file():
+            if more.long:
+                short = {row["docs"][0] for row in rows(target / "stage1_short.jsonl")}
+                left = [row for row in rows(target / "stage1.jsonl") if row["docs"][0] not in short][::-1]
+            else:
+                left = list(rows(target / "stage1_short.jsonl"))[more.passages :]
+            write_rows(target / f"stage1_{which}.jsonl", left)
+        if not (target / f"openings_{which}.jsonl").is_file():
+            write_rows(target / f"openings_{which}.jsonl", list(rows(target / "warm_up.jsonl"))[::-1][more.openings :])
+        if len(more.shares.split(",")) >= 3 and not (target / "words.jsonl").is_file():
+            passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
+            write_rows(target / "words.jsonl", list(map(again, words(passages, tokenizer))))
+    if part.what_follows and not (target / "follow.jsonl").is_file():
+        passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
+        write_rows(target / "follow.jsonl", follow_sets(passages, tokenizer))
+    if part.what_follows and not (target / "what_follows.jsonl").is_file():
+        write_rows(
+            target / "what_follows.jsonl", what_follows([row["docs"][0] for row in rows(target / "warm_up.jsonl")])
+        )
+    if not (target / "instruction.jsonl").is_file():
+        records = list(rows(data / TRAIN_FILES[1]))
+        questions = [single(row) for row in rows(target / "stage1_short.jsonl") if row["data_type"] == "qa"]
+        n = min(len(records), len(questions) // part.single)
+        write_rows(target / "instruction.jsonl", shuffled(shuffled(records)[:n] + questions[: n * part.single]))
+    if not (target / "e2e.jsonl").is_file():
+        records = list(rows(data / TRAIN_FILES[2]))
+        if (data / POOL).is_file():
+            passages = {row["id"]: row["text"] for row in rows(data / CORPUS)}
+            for row in rows(data / POOL):
+                if row["split"] == "train":
+                    kept = {key: row[key] for key in ("question", "golden_answers", "answer", "pos_index")}
+                    records.append({**kept, "docs": [passages[i] for i in row["doc_ids"]]})
+        write_rows(target / "e2e.jsonl", shuffled(records))

@@ -1,0 +1,93 @@
+"""How much of the small model's plan is run: sizes, shares and learning rates of the parts of reproduce_small.py."""
+
+from dataclasses import dataclass
+
+DECAY, NO_DROPOUT = ("--span_decay", "0.5"), ("--lora_dropout", "0")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Size of a training run; `samples` are records of one epoch."""
+
+    samples: int
+    batch: int
+    lr: float
+    epochs: int = 1
+
+
+@dataclass(frozen=True)
+class Further:
+    """A run with which stage 1 goes on. `shares` are of QA sets, of openings, of words in no order and of sets of
+    questions which words follow, as many as there are. The first `passages` and `openings` were used before it; `long`
+    takes passages that are not short."""
+
+    run: Run
+    shares: str
+    passages: int = 0
+    openings: int = 0
+    flags: tuple[str, ...] = ()
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
+    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with the runs of `further`, over
+    passages of at most `short` tokens, of which stage 1_2 then takes its single questions; with
+    `what_follows`, half of stage 1_2 asks which words follow others."""
+
+    doc_max_length: int
+    single: int
+    rates: tuple[int, ...]
+    warm_up: Run
+    stage1: Run
+    stage1_2: Run
+    stage2: Run
+    text_rag: Run
+    ablation: Run | None
+    further: dict[str, Further]
+    what_follows: bool
+    short: int
+    questions: int | None
+    micro: int
+
+
+PARTS = {
+    "full": Part(
+        doc_max_length=256,
+        single=3,
+        rates=(4, 16, 32, 64, 128),
+        warm_up=Run(26000, 64, 1e-3, 2),
+        stage1=Run(32000, 64, 5e-4, 2),
+        stage1_2=Run(11808, 32, 2e-4, 2),
+        stage2=Run(12922, 32, 5e-5, 1),
+        text_rag=Run(24730, 32, 2e-4, 1),
+        ablation=Run(5000, 64, 5e-4, 1),
+        further={},
+        what_follows=False,
+        short=256,
+        questions=None,
+        micro=64,
+    ),
+    "cpu": Part(
+        doc_max_length=128,
+        single=19,
+        rates=(4,),
+        warm_up=Run(1200, 4, 1e-3),
+        stage1=Run(1280, 4, 8e-4),
+        stage1_2=Run(1600, 4, 5e-4),
+        stage2=Run(64, 8, 2e-5),
+        text_rag=Run(240, 8, 3e-4),
+        ablation=None,
+        further={
+            "more": Further(Run(2400, 4, 8e-4), "0.35,0.65"),
+            "order": Further(Run(800, 4, 6e-4), "0.35,0.65", 1200, 3000, DECAY),
+            "words": Further(Run(2400, 4, 8e-4), "0.2,0.3,0.5", 1600, 3700, DECAY),
+            "follow": Further(Run(3200, 4, 8e-4), "0.3,0.1,0.3,0.3", 0, 4500, (*DECAY, *NO_DROPOUT), True),
+        },
+        what_follows=True,
+        short=80,
+        questions=25,
+        micro=4,
+    ),
+}
