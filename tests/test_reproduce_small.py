@@ -127,7 +127,9 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
         assert len(named.split()) == 4 and f"{named} {row['answers'][0]}" in " ".join(row["docs"][0].split())
         assert 2 <= len(row["answers"][0].split()) <= 6
     sets = list(load_records(str(target / "follow.jsonl"), "stage1"))
-    assert len(sets) > sum(n <= longest for n in lengths) // 3 and any(len(row["question"]) == prepared.ASKED for row in sets)
+    assert len(sets) > sum(n <= longest for n in lengths) // 3 and any(
+        len(row["question"]) == prepared.ASKED for row in sets
+    )
     for row in sets:
         for question, answer in zip(row["question"], row["answers"], strict=True):
             named = question.removeprefix('Which words follow "').removesuffix('"?')
