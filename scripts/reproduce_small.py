@@ -110,21 +110,25 @@ class Plan:
                 f"stage1_{at}", "stage1", rate, [self.data / "stage1.jsonl", *openings], part.stage1,
                 warm, "--dataset_probs", HALF, "--mse_loss", *named,
             )  # fmt: skip
-            trained, said_again, decay = first, [first], ()
+            trained, said_again, kept_on = first, [first], ()
             for which, more in part.further.items():
-                files = [f"stage1_{which}.jsonl", f"openings_{which}.jsonl", "words.jsonl", "follow.jsonl"]
-                mixed = [self.data / file for file in files[: len(more.shares.split(","))]]
+                mixed = [self.data / file for file in more.files(which)]
                 trained = self.train(
                     f"stage1_{which}_{at}", "stage1", rate, mixed, more.run,
                     trained, "--dataset_probs", more.shares, "--mse_loss", *named, *more.flags,
                 )  # fmt: skip
                 said_again.append(trained)
-                decay = more.flags
-            asked, shares = questions[:1], ()
-            if part.what_follows:
-                asked, shares = [*asked, self.data / "what_follows.jsonl"], ("--dataset_probs", HALF)
+                kept_on = more.flags
             second = self.train(
-                f"stage1_2_{at}", "stage1_2", rate, asked, part.stage1_2, trained, "--mse_loss", *named, *decay, *shares
+                f"stage1_2_{at}",
+                "stage1_2",
+                rate,
+                questions[:1],
+                part.stage1_2,
+                trained,
+                "--mse_loss",
+                *named,
+                *kept_on,
             )
             last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
             baselines = rate == part.rates[0]  # they are the same beside every rate

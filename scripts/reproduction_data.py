@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reproduction_parts import Part
+from reproduction_parts import Further, Part
 
 from openrlhf.utils.logging import write_whole
 
@@ -78,45 +78,19 @@ def single(record: dict) -> dict:
     question, answer = random.Random(record["docs"][0]).choice(
         list(zip(record["question"], record["answers"], strict=True))
     )
-    return instruction(question, record["docs"], answer)
-
-
-def instruction(question: str, docs: list[str], answer: str) -> dict:
-    """A record of stage 1_2 over one document."""
-    return {"question": question, "docs": docs, "golden_answers": [answer], "answer": answer, "pos_index": [0]}
-
-
-def which_words(rng: random.Random, drawn: list[str], place: int) -> tuple[str, str]:
-    """The question which words follow the four before `place`, and its answer, two to six words."""
-    return (
-        f'Which words follow "{" ".join(drawn[place - 4 : place])}"?',
-        " ".join(drawn[place : place + rng.randint(2, 6)]),
-    )
-
-
-def places(drawn: list[str]) -> range:
-    """Where such questions can point to; the last word may be cut."""
-    return range(4, len(drawn) - 3)
-
-
-def what_follows(texts: list[str]) -> list[dict]:
-    """A question about each text that is long enough: which words follow four of its words; records of stage 1_2. They
-    need no labels, and nothing but the place in the text tells the answer. Most begin with a name or a number."""
-    rng, found = random.Random(2), []
-    for text in texts:
-        drawn = text.split()
-        if not places(drawn):
-            continue
-        rare = [i for i in places(drawn) if drawn[i][0].isupper() or drawn[i][0].isdigit()]
-        place = rng.choice(rare if rare and rng.random() < 0.7 else places(drawn))
-        question, answer = which_words(rng, drawn[:-1], place)
-        found.append(instruction(question, [text], answer))
-    return found
+    return {
+        "question": question,
+        "docs": record["docs"],
+        "golden_answers": [answer],
+        "answer": answer,
+        "pos_index": [0],
+    }
 
 
 def follow_sets(passages: list[str], tokenizer: Any) -> list[dict]:
-    """Sets of such questions over one text, as stage 1 has sets. In every second text the words are in no order, so
-    that the answers cannot be guessed from the words before them."""
+    """Sets of questions over one text which two to six words follow four of its words, as stage 1 has sets. They need
+    no labels. In every second text the words are in no order, so that the answers cannot be guessed from the words
+    before them."""
     rng, texts = random.Random(3), []
     for number, passage in enumerate(passages):
         drawn = passage.split("\n", 1)[-1].split()
@@ -125,13 +99,29 @@ def follow_sets(passages: list[str], tokenizer: Any) -> list[dict]:
         texts.append(" ".join(drawn))
     found = []
     for text in cut(texts, [length(rng, LONGEST_WORDS) for _ in texts], tokenizer):
-        drawn = text.split()
-        if not places(drawn):
+        drawn = text.split()[:-1]  # the last may be cut
+        places = range(4, len(drawn) - 2)
+        if not places:
             continue
-        some = rng.sample(places(drawn), min(len(places(drawn)), ASKED))
-        questions, answers = zip(*(which_words(rng, drawn[:-1], place) for place in some), strict=True)
-        found.append({"data_type": "qa", "question": list(questions), "answers": list(answers), "docs": [text]})
+        some = rng.sample(places, min(len(places), ASKED))
+        asked = [f'Which words follow "{" ".join(drawn[i - 4 : i])}"?' for i in some]
+        answers = [" ".join(drawn[i : i + rng.randint(2, 6)]) for i in some]
+        found.append({"data_type": "qa", "question": asked, "answers": answers, "docs": [text]})
     return found
+
+
+def left_for(more: Further, path: Path) -> list[dict]:
+    """What a file of a further run of stage 1 holds: records that were not used before it."""
+    kind, target = path.name.split("_")[0], path.parent
+    if kind == "openings":
+        return list(rows(target / "warm_up.jsonl"))[::-1][more.openings :]
+    if kind != "stage1":
+        return list(rows(target / f"{kind}.jsonl"))[more.made :]
+    found = list(rows(target / "stage1_short.jsonl"))
+    if more.long:
+        used = {row["docs"][0] for row in found}
+        found = [row for row in rows(target / "stage1.jsonl") if row["docs"][0] not in used][::-1]
+    return found[more.passages :]
 
 
 def prepare(data: Path, target: Path, base: str, part: Part) -> None:
@@ -142,7 +132,7 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     first. warm_up.jsonl says the openings of passages again, word by word. For each further run of stage 1,
     stage1_RUN.jsonl and openings_RUN.jsonl (turned round, too) go on behind what was used of them, or stage1_RUN.jsonl
     has the passages that are not short; words.jsonl has words in no order, follow.jsonl sets of questions which words
-    follow, what_follows.jsonl one such question a record.
+    follow, and words_RUN.jsonl and follow_RUN.jsonl go on behind what was used of these.
     instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl is the
     end-to-end file and the training questions of the pool with their passages written out. All are shuffled with a
     fixed seed.
@@ -171,26 +161,16 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
             write_rows(target / f"{name}.jsonl", list(map(again, starts)))
     if not (target / "stage1_short.jsonl").is_file():
         write_rows(target / "stage1_short.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
-    for which, more in part.further.items():
-        if not (target / f"stage1_{which}.jsonl").is_file():
-            if more.long:
-                short = {row["docs"][0] for row in rows(target / "stage1_short.jsonl")}
-                left = [row for row in rows(target / "stage1.jsonl") if row["docs"][0] not in short][::-1]
-            else:
-                left = list(rows(target / "stage1_short.jsonl"))[more.passages :]
-            write_rows(target / f"stage1_{which}.jsonl", left)
-        if not (target / f"openings_{which}.jsonl").is_file():
-            write_rows(target / f"openings_{which}.jsonl", list(rows(target / "warm_up.jsonl"))[::-1][more.openings :])
-        if len(more.shares.split(",")) >= 3 and not (target / "words.jsonl").is_file():
-            passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
-            write_rows(target / "words.jsonl", list(map(again, words(passages, tokenizer))))
-    if part.what_follows and not (target / "follow.jsonl").is_file():
+    if part.further and not (target / "words.jsonl").is_file():
+        passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
+        write_rows(target / "words.jsonl", list(map(again, words(passages, tokenizer))))
+    if part.further and not (target / "follow.jsonl").is_file():
         passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
         write_rows(target / "follow.jsonl", follow_sets(passages, tokenizer))
-    if part.what_follows and not (target / "what_follows.jsonl").is_file():
-        write_rows(
-            target / "what_follows.jsonl", what_follows([row["docs"][0] for row in rows(target / "warm_up.jsonl")])
-        )
+    for which, more in part.further.items():
+        for path in (target / name for name in more.files(which)):
+            if not path.is_file():
+                write_rows(path, left_for(more, path))
     if not (target / "instruction.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[1]))
         questions = [single(row) for row in rows(target / "stage1_short.jsonl") if row["data_type"] == "qa"]

@@ -18,8 +18,8 @@ class Run:
 @dataclass(frozen=True)
 class Further:
     """A run with which stage 1 goes on. `shares` are of QA sets, of openings, of words in no order and of sets of
-    questions which words follow, as many as there are. The first `passages` and `openings` were used before it; `long`
-    takes passages that are not short."""
+    questions which words follow, as many as there are. The first `passages` and `openings`, and of both the others
+    the first `made`, were used before it; `long` takes passages that are not short."""
 
     run: Run
     shares: str
@@ -27,14 +27,20 @@ class Further:
     openings: int = 0
     flags: tuple[str, ...] = ()
     long: bool = False
+    made: int = 0
+
+    def files(self, which: str) -> list[str]:
+        """Names of its data, as many as it has shares."""
+        own = f"_{which}" if self.made else ""
+        names = [f"stage1_{which}", f"openings_{which}", f"words{own}", f"follow{own}"]
+        return [f"{name}.jsonl" for name in names[: len(self.shares.split(","))]]
 
 
 @dataclass(frozen=True)
 class Part:
     """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
-    question over several documents, stage 1_2 has `single` over one. Stage 1 goes on with the runs of `further`, over
-    passages of at most `short` tokens, of which stage 1_2 then takes its single questions; with
-    `what_follows`, half of stage 1_2 asks which words follow others."""
+    question over several documents, stage 1_2 has `single` over one, a passage of at most `short` tokens. Stage 1 goes
+    on with the runs of `further`, over such passages or longer ones."""
 
     doc_max_length: int
     single: int
@@ -46,7 +52,6 @@ class Part:
     text_rag: Run
     ablation: Run | None
     further: dict[str, Further]
-    what_follows: bool
     short: int
     questions: int | None
     micro: int
@@ -64,7 +69,6 @@ PARTS = {
         text_rag=Run(24730, 32, 2e-4, 1),
         ablation=Run(5000, 64, 5e-4, 1),
         further={},
-        what_follows=False,
         short=256,
         questions=None,
         micro=64,
@@ -75,7 +79,7 @@ PARTS = {
         rates=(4,),
         warm_up=Run(1200, 4, 1e-3),
         stage1=Run(1280, 4, 8e-4),
-        stage1_2=Run(1600, 4, 5e-4),
+        stage1_2=Run(800, 4, 5e-4),
         stage2=Run(64, 8, 2e-5),
         text_rag=Run(240, 8, 3e-4),
         ablation=None,
@@ -84,8 +88,10 @@ PARTS = {
             "order": Further(Run(800, 4, 6e-4), "0.35,0.65", 1200, 3000, DECAY),
             "words": Further(Run(2400, 4, 8e-4), "0.2,0.3,0.5", 1600, 3700, DECAY),
             "follow": Further(Run(3200, 4, 8e-4), "0.3,0.1,0.3,0.3", 0, 4500, (*DECAY, *NO_DROPOUT), True),
+            "even": Further(
+                Run(1600, 4, 8e-4), "0.4,0.1,0.25,0.25", 1000, 5000, (*DECAY, *NO_DROPOUT, "--even_spans"), True, 2500
+            ),
         },
-        what_follows=True,
         short=80,
         questions=25,
         micro=4,

@@ -110,6 +110,15 @@ def add_adapter(decoder: nn.Module, name: str, rank: int, base_name: str) -> Non
     use_own_forward(decoder)
 
 
+def set_dropout(decoder: nn.Module, p: float) -> None:
+    """Every adapter's dropout, 0.1 when it was made, while it trains: `p`, of the layers' inputs."""
+    for config in decoder.peft_config.values():  # type: ignore[union-attr, operator]
+        config.lora_dropout = p
+    for layer in decoder.modules():
+        for dropout in getattr(layer, "lora_dropout", {}).values():
+            dropout.p = p
+
+
 def adapter_state(decoder: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the names of the base model's modules: `….q_proj.lora_A.weight`."""
     return {key.replace(f".{name}.", "."): p for key, p in decoder.named_parameters() if f".{name}." in key}

@@ -30,6 +30,8 @@ class CLaRaConfig(PretrainedConfig):
         spread_memory: in the compressor a memory token has the position of the last token that it stands for (see
             `spans.spread_positions`), not one behind the document; not part of the published method, and not with
             flash-attn.
+        even_spans: a document of fewer tokens than its memory vectors can stand for is shared among all of them, not
+            left to the last ones (see `spans.bounds`); without spread_memory it changes the span loss alone.
         prompts: the texts of `prompts.DEFAULT_PROMPTS`, or None for a checkpoint whose prompts are not known.
 
     Every other field of a public `config.json` is kept as it is and written back.
@@ -59,6 +61,7 @@ class CLaRaConfig(PretrainedConfig):
         topk_temperature: float = 0.02,
         rescale_memory: bool = False,
         spread_memory: bool = False,
+        even_spans: bool = False,
         stage2_retrieval_top_n: int = 1,
         pure_inference: bool = False,
         compr_model_name: str | None = None,
@@ -86,6 +89,7 @@ class CLaRaConfig(PretrainedConfig):
         self.topk_temperature = topk_temperature
         self.rescale_memory = rescale_memory
         self.spread_memory = spread_memory
+        self.even_spans = even_spans
         self.stage2_retrieval_top_n = stage2_retrieval_top_n
         self.pure_inference = pure_inference
         self.compr_model_name = compr_model_name

@@ -286,7 +286,9 @@ class CLaRa(Answering, PreTrainedModel):
         inputs with their memory tokens among the text where `spread`."""
         position_BT = (mask_BT.long().cumsum(-1) - 1).clamp(min=0)
         if spread:
-            position_BT = spread_positions(position_BT, self.config.n_memory_tokens, self.config.compr_rate)
+            position_BT = spread_positions(
+                position_BT, self.config.n_memory_tokens, self.config.compr_rate, self.config.even_spans
+            )
         with self.router.route(adapter):
             return self.decoder.base_model(
                 inputs_embeds=embeds_BTD, attention_mask=mask_BT.long(), position_ids=position_BT, use_cache=False
@@ -385,9 +387,8 @@ class CLaRa(Answering, PreTrainedModel):
             docs_MLD, mse_M = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
             if compute_span_loss:
                 n_memory, rate = self.config.n_memory_tokens, self.config.compr_rate
-                stands_for = spans(
-                    batch["enc_input_ids"], batch["enc_attention_mask"], n_memory, rate, self.tokens.first_special_id
-                )
+                n_words, even = self.tokens.first_special_id, self.config.even_spans
+                stands_for = spans(batch["enc_input_ids"], batch["enc_attention_mask"], n_memory, rate, n_words, even)
                 span_M = span_loss(docs_MLD, *stands_for, lambda x_UD: self.head(x_UD, added=False), span_decay)
                 out["span_loss"] = span_M.mean()
         else:

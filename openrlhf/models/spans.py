@@ -9,32 +9,55 @@ token anew how far behind the document's end its part lies. Knows nothing about 
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+
+
+def bounds(n_M: torch.Tensor, n_memory: int, rate: int, even: bool) -> torch.Tensor:
+    """Where the spans of texts of n tokens begin and end: span j holds the tokens from bound j to before bound j + 1.
+
+    A span has `rate` tokens, the last one ends with the text, and the first spans of a text of less than L · `rate`
+    tokens are empty. With `even` such a text is shared among all L: every span has n / L tokens, rounded down or up.
+
+    Args:
+        n_M: tokens of each text.
+        n_memory: L.
+        rate: R, tokens of a span at most.
+
+    Returns:
+        `[M, L + 1]`, int64, never falling.
+    """
+    j_L1 = torch.arange(n_memory + 1, device=n_M.device)
+    n_M1 = n_M.unsqueeze(1)
+    if even:
+        used_M1 = n_M1.clamp(max=n_memory * rate)
+        return n_M1 - used_M1 + used_M1 * j_L1 // n_memory
+    return (n_M1 - rate * (n_memory - j_L1)).clamp(min=0)
 
 
 def spans(
-    ids_MT: torch.Tensor, mask_MT: torch.Tensor, n_memory: int, rate: int, n_words: int
+    ids_MT: torch.Tensor, mask_MT: torch.Tensor, n_memory: int, rate: int, n_words: int, even: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that each memory vector stands for: `rate` consecutive ones, the last vector for the last of them.
+    """The tokens that each memory vector stands for, as `bounds` shares them out.
 
-    A memory token is as far from its tokens in every document, whatever the document's length. Of a document that is
-    shorter than L · `rate` tokens, the first vectors stand for nothing.
+    Not `even`, a memory token is as far from its tokens in every document, whatever the document's length.
 
     Args:
-        ids_MT: compressor inputs, which end with the L memory tokens.
+        ids_MT: compressor inputs, padded on the left, which end with the L memory tokens.
         mask_MT: their attention mask.
         n_memory: L.
-        rate: R, tokens of a span.
+        rate: R, tokens of a span at most.
         n_words: ids below this are words; others, the added tokens, are in no span.
 
     Returns:
-        ids `[M, L, R]`, 0 where there is no such token, and whether there is one `[M, L, R]`, bool.
+        ids `[M, L, R]`, 0 where there is no such token, and whether there is one `[M, L, R]`, bool; a span of fewer
+        tokens has them at its end.
     """
-    missing = n_memory * (rate + 1) - ids_MT.shape[1]
-    words_MT = mask_MT.bool() & (ids_MT < n_words)
-    ids_MT = ids_MT.masked_fill(~words_MT, 0)
-    ids_MT, words_MT = (F.pad(x_MT[:, :-n_memory], (missing, 0)) for x_MT in (ids_MT, words_MT))  # or cut on the left
-    return ids_MT.unflatten(1, (n_memory, rate)), words_MT.unflatten(1, (n_memory, rate))
+    text_MT, n_M = ids_MT[:, :-n_memory], mask_MT[:, :-n_memory].sum(1)
+    bounds_ML1 = bounds(n_M, n_memory, rate, even).unsqueeze(-1)
+    place_MLR = bounds_ML1[:, 1:] - rate + torch.arange(rate, device=ids_MT.device)
+    column_MLR = (place_MLR + (text_MT.shape[1] - n_M)[:, None, None]).clamp(min=0)
+    ids_MLR = text_MT.gather(1, column_MLR.flatten(1)).view_as(column_MLR)
+    words_MLR = (place_MLR >= bounds_ML1[:, :-1]) & (ids_MLR < n_words)
+    return ids_MLR.masked_fill(~words_MLR, 0), words_MLR
 
 
 def span_loss(
@@ -67,17 +90,18 @@ def span_loss(
     return -total_M / words_MLR.sum((1, 2)).clamp(min=1)
 
 
-def spread_positions(position_MT: torch.Tensor, n_memory: int, rate: int) -> torch.Tensor:
-    """Positions with each memory token at that of the last token of its span (`spans`): `[M, T]`, int64.
+def spread_positions(position_MT: torch.Tensor, n_memory: int, rate: int, even: bool = False) -> torch.Tensor:
+    """Positions with each memory token at that of the last token of its span (`bounds`): `[M, T]`, int64.
 
     The distance between a memory token and its tokens is then the same for every memory token, 0 to `rate` − 1, as
-    between neighbours in a text. Memory tokens that stand for nothing stay at 0.
+    between neighbours in a text. Memory tokens that stand for nothing are where the span before them ends, or at 0.
 
     Args:
         position_MT: positions of compressor inputs, counted from 0 at the first token that is no padding.
         n_memory: L, memory tokens at the end.
-        rate: R, tokens of a span.
+        rate: R, tokens of a span at most.
+        even: as in `bounds`.
     """
     text_MT = position_MT[:, :-n_memory]
-    behind_L = rate * torch.arange(n_memory - 1, -1, -1, device=position_MT.device)
-    return torch.cat([text_MT, (text_MT[:, -1:] - behind_L).clamp(min=0)], dim=1)
+    ends_ML = bounds(text_MT[:, -1] + 1, n_memory, rate, even)[:, 1:]
+    return torch.cat([text_MT, (ends_ML - 1).clamp(min=0)], dim=1)

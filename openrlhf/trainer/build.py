@@ -156,6 +156,7 @@ def model_config(config: TrainingConfig, root: Path | None) -> CLaRaConfig:
             spread_memory=config.spread_memory,
             prompts=DEFAULT_PROMPTS,
         )
+    model.even_spans = model.even_spans or config.even_spans
     model.decoder_model_name = config.pretrain
     model.training_stage = config.stage
     model.generation_top_k = config.generation_top_k

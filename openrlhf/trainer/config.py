@@ -53,6 +53,9 @@ class TrainingConfig:
     spread_memory: bool = _flag(
         False, "stage 1 from a base model: the compressor has a memory token at the position of those it stands for"
     )
+    even_spans: bool = _flag(
+        False, "stages 1 and 1_2: all memory vectors of a short document stand for a part of it; kept by the checkpoint"
+    )
     freeze_memory_embeddings: bool = _flag(False, "stages 1 and 1_2: keep the memory embeddings as they are")
     document_store: str | None = _flag(
         None, "stage 2: a store of compressed documents to read candidates from; others are compressed"
@@ -171,6 +174,7 @@ class TrainingConfig:
         first = ("stage1", "stage1_2")
         only("mse_loss", first, "the documents are frozen there")
         only("span_loss_weight", first, "the documents are frozen there")
+        only("even_spans", first, "the documents are frozen there, and a checkpoint keeps its choice")
         only("freeze_memory_embeddings", first, "they are always frozen there")
         if stage == TEXT_RAG:
             only("pretrain_checkpoint", (), "")

@@ -135,6 +135,10 @@ COMBINATIONS = [
         "--document_store does not go with --zero_stage 3",
     ),
     ({"stage": "stage1_2", "rescale_memory": True, **START}, "--rescale_memory is chosen where training starts"),
+    (
+        {"stage": "stage2", "even_spans": True, **START},
+        "--even_spans does not go with --stage stage2: the documents are",
+    ),
     ({"stage": "stage2", "spread_memory": True, **START}, "--spread_memory is chosen where training starts"),
     ({"stage": "stage1", "spread_memory": True, "flash_attn": True}, "--spread_memory does not go with --flash_attn"),
     ({"stage": "stage2", "freeze_memory_embeddings": True, **START}, "--freeze_memory_embeddings does not go with"),

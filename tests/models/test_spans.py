@@ -150,3 +150,55 @@ def test_a_checkpoint_keeps_spread_memory_and_the_published_one_has_none(mistral
     again = CLaRa.from_pretrained(tmp_path / "checkpoint")
     assert torch.equal(again.compress_documents(DOCS)[0], vectors)
     assert torch.equal(again.encode_queries(QUESTIONS), queries)
+
+
+@pytest.fixture
+def even(mistral) -> CLaRa:
+    return new_model(mistral, spread_memory=True, even_spans=True)
+
+
+def plain_even_spans(n: int, n_memory: int, rate: int) -> list[list[int]]:
+    """Dealt out one after the other: token i of the last L · R goes to the first vector that is not past its share."""
+    first = max(0, n - n_memory * rate)
+    dealt: list[list[int]] = [[] for _ in range(n_memory)]
+    for i in range(n - first):
+        j = next(j for j in range(n_memory) if i < (n - first) * (j + 1) // n_memory)
+        dealt[j].append(first + i)
+    return dealt
+
+
+def test_even_spans_share_a_document_among_all_its_vectors(even):
+    texts = ["", *DOCS, " ".join(DOCS)]
+    ids, mask = even.tokens.encoder_batch(even.tokens.encoder_rows(texts))
+    n_memory, rate, n_words = even.config.n_memory_tokens, even.config.compr_rate, even.tokens.first_special_id
+    ids_MLR, words_MLR = spans(ids, mask, n_memory, rate, n_words, even=True)
+    position = spread_positions((mask.cumsum(-1) - 1).clamp(min=0), n_memory, rate, even=True)
+    lengths = set()
+    for row, kept, span, there, own in zip(ids, mask.bool(), ids_MLR, words_MLR, position, strict=True):
+        text = row[kept][:-n_memory].tolist()
+        dealt = plain_even_spans(len(text), n_memory, rate)
+        lengths.update(map(len, dealt))
+        for j, places in enumerate(dealt):
+            assert span[j][there[j]].tolist() == [text[i] for i in places if text[i] < n_words]
+            assert not span[j][~there[j]].any()
+            if places:
+                assert int(own[-n_memory + j]) == places[-1]
+        ends = own[-n_memory:].tolist()
+        assert ends == sorted(ends) and ends[-1] == len(text) - 1
+    assert min(lengths) < rate == max(lengths), "one document must be short, and one fill all its vectors"
+
+
+def test_a_full_document_has_the_same_vectors_with_even_spans(spread, even):
+    even.load_state_dict(spread.state_dict())
+    full, short = " ".join(DOCS), DOCS[0]
+    torch.testing.assert_close(even.compress_documents([full])[0], spread.compress_documents([full])[0])
+    assert not torch.allclose(even.compress_documents([short])[0], spread.compress_documents([short])[0], atol=1e-2)
+
+
+def test_even_spans_may_be_turned_on_over_a_checkpoint_which_keeps_them(spread, tmp_path):
+    spread.save_pretrained(tmp_path / "checkpoint")
+    turned = CLaRa.from_pretrained(tmp_path / "checkpoint", even_spans=True)
+    vectors = turned.compress_documents(DOCS)[0]
+    turned.save_pretrained(tmp_path / "turned")
+    again = CLaRa.from_pretrained(tmp_path / "turned")
+    assert again.config.even_spans and torch.equal(again.compress_documents(DOCS)[0], vectors)

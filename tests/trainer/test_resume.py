@@ -296,6 +296,7 @@ CHANGES = {
     "span_decay": (0.5, "span_decay: 1.0 then, 0.5 now"),
     "rescale_memory": (True, "rescale_memory: False then, True now"),
     "spread_memory": (True, "spread_memory: False then, True now"),
+    "even_spans": (True, "even_spans: False then, True now"),
     "group_by_length": (True, "group_by_length: False then, True now"),
     "zero_stage": (1, "zero_stage: 2 then, 1 now"),
     "bf16": (True, "bf16: False then, True now"),
