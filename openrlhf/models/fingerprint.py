@@ -29,12 +29,15 @@ def fingerprint(model: Any) -> dict:
     - base: the numbers of its config that shape it, its first and last embedding rows, and the first 32 numbers of each
       further parameter (not of quantised ones): enough to tell fine-tunes and versions of a model apart, cheaply;
     - tokenizer: the vocabulary, and the ids of a text of many scripts;
-    - input_layout: the ids that surround a text, the memory tokens, and where a long text is cut.
+    - input_layout: the ids that surround a text, the memory tokens, where a long text is cut, and
+      the positions of spread memory tokens.
     """
     config, tokens = model.config, model.tokens
     vocabulary = sorted(tokens.tokenizer.get_vocab().items(), key=lambda item: item[1])
     long_row = tokens.encoder_rows(["a " * (config.doc_max_length + 8)])[0]
     layout = [tokens.encoder_rows([""])[0], tokens.memory_ids, len(long_row), long_row[:2]]
+    if config.spread_memory:
+        layout.append(["spread", config.even_spans])
     return {
         "compressor": _hash_tensors(adapter_state(model.decoder, ENCODER)),
         "memory_embeddings": _hash_tensors({"memory": model.special.memory, "others": model.special.others}),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from openrlhf.models.adapters import ENCODER
+from openrlhf.models.fingerprint import fingerprint
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.models.spans import span_loss, spans, spread_positions
 from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model
@@ -193,6 +194,7 @@ def test_a_full_document_has_the_same_vectors_with_even_spans(spread, even):
     full, short = " ".join(DOCS), DOCS[0]
     torch.testing.assert_close(even.compress_documents([full])[0], spread.compress_documents([full])[0])
     assert not torch.allclose(even.compress_documents([short])[0], spread.compress_documents([short])[0], atol=1e-2)
+    assert fingerprint(even) != fingerprint(spread), "their vectors do not go into one store"
 
 
 def test_even_spans_may_be_turned_on_over_a_checkpoint_which_keeps_them(spread, tmp_path):
