@@ -76,8 +76,18 @@ def card(record: Path, name: str, answers: list[dict], unseen: list[dict], model
         for figure in results.runs.get(f"{name}_say_again", {"figures": []})["figures"]
         if figure["system"] == SYSTEM and figure["metric"] in SAID_AGAIN
     ]
-    words = " (in `stage1_words` also words in no order)" if any("_words_" in run for run, _ in runs) else ""
-    config, unfinished = model.config, ""
+    words = " (from `stage1_words` on also words in no order)" if any("_words_" in run for run, _ in runs) else ""
+    if any("_follow_" in run for run, _ in runs):
+        words += ", or, from `stage1_follow` on, asks which words follow four of a text"
+    config, unfinished, even = model.config, "", ("", "")
+    if config.even_spans:
+        even = (
+            ", `--even_spans`",
+            f"""A document is {config.n_memory_tokens} vectors, however short it is, and all of them are used: one of 33
+to 55 tokens, as those of the questions above are, has a vector for every one or two, and is read better than one of
+{config.doc_max_length}, which has one for every {config.compr_rate}.
+""",
+        )
     if right < WANTED:
         unfinished = f"""
 **Unfinished: not a model that works.** It reads its vectors in part and answers {right} of {len(answers)} fresh
@@ -112,9 +122,9 @@ given with `decoder_model_name=`.
 
 {table(["run", "stage", "records", "a step", "learning rate"], trained)}
 
-It leaves the published method in these ways: `--rescale_memory`, `--spread_memory`, `--span_loss_weight` and
-`--span_decay` (docs/TRAINING_GUIDE.md); and `warm_up`, like half of `stage1` and two thirds of what follows it, only
-says the openings of passages again{words}.
+It leaves the published method in these ways: `--rescale_memory`, `--spread_memory`{even[0]}, `--span_loss_weight`
+and `--span_decay` (docs/TRAINING_GUIDE.md); and `warm_up`, like half of `stage1` and two thirds of what follows it,
+only says the openings of passages again{words}.
 
 {DATA}{DATA_OF_STAGE1_2 if any(row[1] == "stage1_2" for row in trained) else ""}
 
@@ -140,8 +150,9 @@ docs/REPRODUCTION.md has the runs.
 ## Limits
 
 {RECITES if runs[-1][1]["stage"] == "stage1" else ""}
-English, short factual questions, documents of at most {config.doc_max_length} tokens (more is cut off). Rare names
-and numbers come back wrong at times, fluently, and it answers where the document does not hold the answer. There is no
+{even[1]}
+English, short factual questions, documents of at most {config.doc_max_length} tokens (more is cut off). Rare names and
+numbers come back wrong at times, fluently, and it answers where the document does not hold the answer. There is no
 query reasoner: stage 2 was not trained, and search with it is search with a copy of the compressor. Bias and errors of
 the base model and of Wikipedia are in it.
 """
