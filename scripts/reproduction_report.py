@@ -313,7 +313,7 @@ loss: mean of the last quarter.{" Every step is in `reproduction/cpu/checkpoints
 
 Invented documents of `scripts/fresh_questions.jsonl`, answered through `AutoModel`
 (`python scripts/ask_fresh.py --checkpoint DIR`); `shipped` is example/checkpoint. The questions of
-`scripts/fresh_questions_unseen.jsonl` (`shipped_unseen`) were written after its training and asked once.
+`scripts/fresh_questions_unseen.jsonl` (`shipped_unseen`) were asked of it alone, once it was chosen.
 
 {fresh(work)}
 ## Not run

@@ -78,7 +78,7 @@ def card(record: Path, name: str, answers: list[dict], unseen: list[dict], model
     ]
     words = " (from `stage1_words` on also words in no order)" if any("_words_" in run for run, _ in runs) else ""
     if any("_follow_" in run for run, _ in runs):
-        words += ", or, from `stage1_follow` on, asks which words follow four of a text"
+        words += ",\nor, from `stage1_follow` on, asks which words follow four of a text"
     config, unfinished, even = model.config, "", ("", "")
     if config.even_spans:
         even = (
@@ -137,7 +137,7 @@ The base model is Apache-2.0. None of the data is in the evaluation sets.
 
 {fresh_table(answers)}
 
-These ten were looked at between runs. Of ten others, written after the training and asked once
+These ten were looked at between runs. Of ten others, which no checkpoint had been asked before
 (`--questions {UNSEEN}`), {right_unseen} were right.
 
 {read_figures(results, f"{name}_read")}
