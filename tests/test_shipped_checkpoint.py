@@ -72,11 +72,11 @@ def test_automodel_loads_it_and_its_vectors_say_what_was_in_the_document():
         "vectors = model.compress_documents([text])[0][0]\n"
         "ids = model.tokens.tokenizer(text, add_special_tokens=False).input_ids\n"
         "best = model.head(vectors, added=False).topk(8).indices\n"
-        "print(sum(token in best[-6:] for token in ids), len(ids))\n"
+        "print(sum(token in best for token in ids), len(ids))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     named, all_tokens = map(int, run.stdout.split()[-2:])
-    assert named >= all_tokens / 2
+    assert named >= 0.8 * all_tokens
 
 
 @pytest.mark.skipif(not BASE.is_dir(), reason="python scripts/get_base_model.py makes the base model")
