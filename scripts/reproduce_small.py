@@ -112,7 +112,7 @@ class Plan:
             )  # fmt: skip
             trained, said_again, kept_on = first, [first], ()
             for which, more in part.further.items():
-                mixed = [self.data / file for file in more.files(which)]
+                mixed = [self.data / file for file in more.files(which).values()]
                 trained = self.train(
                     f"stage1_{which}_{at}", "stage1", rate, mixed, more.run,
                     trained, "--dataset_probs", more.shares, "--mse_loss", *named, *more.flags,

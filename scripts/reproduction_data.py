@@ -34,27 +34,32 @@ def write_rows(path: Path, records: list[dict]) -> None:
     write_whole(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
+def body(passage: str) -> str:
+    """A passage without its title."""
+    return passage.split("\n", 1)[-1]
+
+
 def openings(passages: list[str], tokenizer: Any) -> list[str]:
     """The first tokens of each passage's body, in an order drawn with a fixed seed; many short ones and few long ones
     (the logarithm of the length is uniform)."""
     rng = random.Random(0)
     passages = list(passages)
     rng.shuffle(passages)
-    bodies = [passage.split("\n", 1)[-1] for passage in passages]
+    bodies = list(map(body, passages))
     return cut(bodies, [length(rng, LONGEST_OPENING) for _ in bodies], tokenizer)
 
 
-def words(passages: list[str], tokenizer: Any) -> list[str]:
-    """Words of each passage's body in no order, cut as openings are. Of a text one can guess most words from those
-    before them; to say these again, one has to read them."""
+def words(passages: list[str], tokenizer: Any) -> list[dict]:
+    """Words of each passage's body in no order, cut as openings are, to be said again. Of a text one can guess most
+    words from those before them; these one has to read."""
     rng = random.Random(1)
     texts, lengths = [], []
     for passage in passages:
-        drawn = passage.split("\n", 1)[-1].split()
+        drawn = body(passage).split()
         rng.shuffle(drawn)
         texts.append(" ".join(drawn))
         lengths.append(length(rng, LONGEST_WORDS))
-    return cut(texts, lengths, tokenizer)
+    return list(map(again, cut(texts, lengths, tokenizer)))
 
 
 def length(rng: random.Random, longest: int) -> int:
@@ -93,7 +98,7 @@ def follow_sets(passages: list[str], tokenizer: Any) -> list[dict]:
     before them."""
     rng, texts = random.Random(3), []
     for number, passage in enumerate(passages):
-        drawn = passage.split("\n", 1)[-1].split()
+        drawn = body(passage).split()
         if number % 2:
             rng.shuffle(drawn)
         texts.append(" ".join(drawn))
@@ -110,9 +115,8 @@ def follow_sets(passages: list[str], tokenizer: Any) -> list[dict]:
     return found
 
 
-def left_for(more: Further, path: Path) -> list[dict]:
-    """What a file of a further run of stage 1 holds: records that were not used before it."""
-    kind, target = path.name.split("_")[0], path.parent
+def left_for(more: Further, kind: str, target: Path) -> list[dict]:
+    """What a further run of stage 1 has of a kind of data: records that were not used before it."""
     if kind == "openings":
         return list(rows(target / "warm_up.jsonl"))[::-1][more.openings :]
     if kind != "stage1":
@@ -161,16 +165,14 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
             write_rows(target / f"{name}.jsonl", list(map(again, starts)))
     if not (target / "stage1_short.jsonl").is_file():
         write_rows(target / "stage1_short.jsonl", at_most(list(rows(target / "stage1.jsonl")), part.short)[::-1])
-    if part.further and not (target / "words.jsonl").is_file():
-        passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
-        write_rows(target / "words.jsonl", list(map(again, words(passages, tokenizer))))
-    if part.further and not (target / "follow.jsonl").is_file():
-        passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
-        write_rows(target / "follow.jsonl", follow_sets(passages, tokenizer))
+    for name, made in (("words", words), ("follow", follow_sets)) if part.further else ():
+        if not (target / f"{name}.jsonl").is_file():
+            passages = [record["docs"][0] for record in rows(target / "stage1.jsonl")]
+            write_rows(target / f"{name}.jsonl", made(passages, tokenizer))
     for which, more in part.further.items():
-        for path in (target / name for name in more.files(which)):
-            if not path.is_file():
-                write_rows(path, left_for(more, path))
+        for kind, name in more.files(which).items():
+            if not (target / name).is_file():
+                write_rows(target / name, left_for(more, kind, target))
     if not (target / "instruction.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[1]))
         questions = [single(row) for row in rows(target / "stage1_short.jsonl") if row["data_type"] == "qa"]

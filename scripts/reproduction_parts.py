@@ -29,11 +29,11 @@ class Further:
     long: bool = False
     made: int = 0
 
-    def files(self, which: str) -> list[str]:
-        """Names of its data, as many as it has shares."""
+    def files(self, which: str) -> dict[str, str]:
+        """Names of its data by kind, as many as it has shares."""
         own = f"_{which}" if self.made else ""
-        names = [f"stage1_{which}", f"openings_{which}", f"words{own}", f"follow{own}"]
-        return [f"{name}.jsonl" for name in names[: len(self.shares.split(","))]]
+        names = {"stage1": f"_{which}", "openings": f"_{which}", "words": own, "follow": own}
+        return {kind: f"{kind}{names[kind]}.jsonl" for kind in list(names)[: len(self.shares.split(","))]}
 
 
 @dataclass(frozen=True)

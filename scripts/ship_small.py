@@ -25,6 +25,8 @@ from openrlhf.utils.logging import write_whole
 
 WANTED = 7
 UNSEEN = "scripts/fresh_questions_unseen.jsonl"
+PUBLISHED = {"rescale_memory": False, "spread_memory": False, "even_spans": False, "span_loss_weight": 0.0}
+PUBLISHED |= {"span_decay": 1.0, "lora_dropout": 0.1}
 RECITES = """Trained by stage 1 alone, it says the passage again more than it answers: the answer stands in a sentence
 of the passage, with others."""
 DATA = """| data | what of it | licence |
@@ -49,6 +51,13 @@ def stages(record: Path, name: str) -> list[tuple[str, dict]]:
         name = Path(settings["pretrain_checkpoint"]).name
 
 
+def shares(settings: dict) -> str:
+    """What a run was trained on: its files, and the share of each where there are several."""
+    names = [Path(path).stem for path in settings["dataset"].split(",")]
+    parts = (settings.get("dataset_probs") or "").split(",")
+    return ", ".join(f"{name} {part}".strip() for name, part in zip(names, parts, strict=True))
+
+
 def read_figures(results: Results, run: str) -> str:
     """Answers over five documents of the four evaluation sets, where they were measured."""
     if run not in results.runs:
@@ -68,26 +77,29 @@ def card(record: Path, name: str, answers: list[dict], unseen: list[dict], model
     results, right = Results(record), sum(line["right"] for line in answers)
     right_unseen, runs = sum(line["right"] for line in unseen), stages(record, name)
     trained = [
-        [f"`{run}`", s["stage"], str(s["max_samples"]), str(s["train_batch_size"]), f"{s['learning_rate']:g}"]
+        [
+            f"`{run}`",
+            s["stage"],
+            shares(s),
+            str(s["max_samples"]),
+            str(s["train_batch_size"]),
+            f"{s['learning_rate']:g}",
+        ]
         for run, s in runs
     ]
+    apart = [f"`--{name}`" for name, its in PUBLISHED.items() if any(s.get(name, its) != its for _, s in runs)]
     said = [
         [f"`{name}`", SAID_AGAIN[figure["metric"]], percent(figure)]
         for figure in results.runs.get(f"{name}_say_again", {"figures": []})["figures"]
         if figure["system"] == SYSTEM and figure["metric"] in SAID_AGAIN
     ]
-    words = " (from `stage1_words` on also words in no order)" if any("_words_" in run for run, _ in runs) else ""
-    if any("_follow_" in run for run, _ in runs):
-        words += ",\nor, from `stage1_follow` on, asks which words follow four of a text"
-    config, unfinished, even = model.config, "", ("", "")
+    config, unfinished, even = model.config, "", ""
     if config.even_spans:
-        even = (
-            ", `--even_spans`",
-            f"""A document is {config.n_memory_tokens} vectors, however short it is, and all of them are used: one of 33
+        even = f"""
+A document is {config.n_memory_tokens} vectors, however short it is, and all of them are used: one of 33
 to 55 tokens, as those of the questions above are, has a vector for every one or two, and is read better than one of
 {config.doc_max_length}, which has one for every {config.compr_rate}.
-""",
-        )
+"""
     if right < WANTED:
         unfinished = f"""
 **Unfinished: not a model that works.** It reads its vectors in part and answers {right} of {len(answers)} fresh
@@ -120,11 +132,12 @@ given with `decoder_model_name=`.
 
 `PART=cpu DATA_DIR=data bash scripts/reproduce_small.sh`; seed 42.
 
-{table(["run", "stage", "records", "a step", "learning rate"], trained)}
+{table(["run", "stage", "data", "records", "a step", "learning rate"], trained)}
 
-It leaves the published method in these ways: `--rescale_memory`, `--spread_memory`{even[0]}, `--span_loss_weight`
-and `--span_decay` (docs/TRAINING_GUIDE.md); and `warm_up`, like half of `stage1` and two thirds of what follows it,
-only says the openings of passages again{words}.
+`stage1` are QA sets and paraphrases. The others of stage 1 are made from the passages: `warm_up` and `openings` are
+first words, `words` words in no order, to be said again; `follow` asks which words follow four of a text
+(scripts/reproduction_data.py). They and these flags (docs/TRAINING_GUIDE.md) leave the published method:
+{", ".join(apart)}.
 
 {DATA}{DATA_OF_STAGE1_2 if any(row[1] == "stage1_2" for row in trained) else ""}
 
@@ -150,7 +163,7 @@ docs/REPRODUCTION.md has the runs.
 ## Limits
 
 {RECITES if runs[-1][1]["stage"] == "stage1" else ""}
-{even[1]}
+{even}
 English, short factual questions, documents of at most {config.doc_max_length} tokens (more is cut off). Rare names and
 numbers come back wrong at times, fluently, and it answers where the document does not hold the answer. There is no
 query reasoner: stage 2 was not trained, and search with it is search with a copy of the compressor. Bias and errors of

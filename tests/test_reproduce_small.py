@@ -104,7 +104,10 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
         for line in (data / "train" / "stage1_train.jsonl").read_text().splitlines()
     )
     longest, short = lengths[2 * len(lengths) // 3], lengths[len(lengths) // 2]
-    part = dataclasses.replace(parts.PARTS["cpu"], doc_max_length=longest, short=short, single=2)
+    cpu = parts.PARTS["cpu"]
+    even = dataclasses.replace(cpu.further["even"], passages=1, openings=2, made=3)
+    further = {**cpu.further, "even": even}
+    part = dataclasses.replace(cpu, doc_max_length=longest, short=short, single=2, further=further)
     prepared.prepare(data, target, str(mistral), part)
     assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, "30 of the file and one of the pool's two"
     assert len(load_records(str(target / "stage1.jsonl"), "stage1")) == sum(n <= longest for n in lengths) < 30
@@ -120,11 +123,14 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     assert openings and all(row["docs"] == row["answers"] for row in openings)
     more = [json.loads(line) for line in (target / "openings_more.jsonl").read_text().splitlines()]
     assert more == openings[::-1]
-    used = parts.PARTS["cpu"].further["even"]
-    made = {
-        name: [json.loads(line) for line in (target / name).read_text().splitlines()] for name in used.files("even")
-    }
-    assert len(made) == 4 and not made["openings_even.jsonl"], "all of so few were used before it"
+    left = {name: list(prepared.rows(target / name)) for name in even.files("even").values()}
+    assert left["openings_even.jsonl"] == more[2:]
+    for kind in ("words", "follow"):
+        assert left[f"{kind}_even.jsonl"] == list(prepared.rows(target / f"{kind}.jsonl"))[3:] != []
+    longer = [
+        row for row in prepared.rows(target / "stage1.jsonl") if row["docs"][0] not in {r["docs"][0] for r in shorter}
+    ]
+    assert left["stage1_even.jsonl"] == longer[::-1][1:] != []
     sets = list(load_records(str(target / "follow.jsonl"), "stage1"))
     assert len(sets) > sum(n <= longest for n in lengths) // 3 and any(
         len(row["question"]) == prepared.ASKED for row in sets

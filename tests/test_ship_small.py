@@ -35,6 +35,8 @@ def test_a_model_is_shipped_with_its_runs_and_its_answers(vectors, tmp_path):
         run = record / "checkpoints" / name
         run.mkdir(parents=True)
         settings = {"stage": stage, "max_samples": 40, "train_batch_size": 4, "learning_rate": 1e-3}
+        settings |= {"dataset": "data/stage1.jsonl,data/words.jsonl", "dataset_probs": "0.7,0.3"}
+        settings["lora_dropout"] = 0.0 if stage == "stage1_2" else 0.1
         (run / "training_config.json").write_text(json.dumps({**settings, "pretrain_checkpoint": start}))
     shipped = ship(work, record, out)
     assert shipped.returncode == 0, shipped.stderr[-2000:]
@@ -47,5 +49,8 @@ def test_a_model_is_shipped_with_its_runs_and_its_answers(vectors, tmp_path):
     unseen = json.loads((record / "fresh" / "shipped_unseen.json").read_text(encoding="utf-8"))["answers"]
     assert len(unseen) == 10 and not {line["question"] for line in unseen} & {line["question"] for line in answers}
     assert f"{sum(line['right'] for line in unseen)} were right" in card and "says the passage again" not in card
-    assert card.index("| `first` | stage1 | 40 | 4 | 0.001 |") < card.index("| `second` | stage1_2 |")
+    assert card.index("| `first` | stage1 | stage1 0.7, words 0.3 | 40 | 4 | 0.001 |") < card.index(
+        "| `second` | stage1_2 |"
+    )
+    assert "leave the published method:\n`--lora_dropout`.\n" in card
     assert "HotpotQA, 2WikiMultiHopQA, MuSiQue |" in card and "64 tokens into 16 vectors" in card.replace("\n", " ")

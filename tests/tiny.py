@@ -205,13 +205,6 @@ def shake(model: CLaRa, seed: int = 2) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def set_dropout(model: torch.nn.Module, p: float) -> None:
-    """Sets the probability of every LoRA dropout."""
-    for name, module in model.named_modules():
-        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout):
-            module.p = p
-
-
 def make_batch(
     model: CLaRa,
     stage: str,

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from openrlhf.models.adapters import set_dropout
 from openrlhf.models.configuration_clara import CLaRaConfig
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.models.selection import cosine_scores, differentiable_topk, pad_candidates
 from openrlhf.models.tokens import ClaraTokens
-from tests.tiny import gradients, set_dropout
+from tests.tiny import gradients
 
 VECTORS = Path(__file__).parents[1] / "data" / "vectors"
 TRAIN = json.loads((VECTORS / "train.json").read_text())
@@ -38,7 +39,7 @@ def load(case: dict, trainable: bool = True) -> CLaRa:
         generation_top_k=case["generation_top_k"],
         optimize_mem_tokens=trainable,
     )
-    set_dropout(model, 0.0)
+    set_dropout(model.decoder, 0.0)
     model.train_stage(case["stage"])
     return model.train()
 

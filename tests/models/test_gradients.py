@@ -5,10 +5,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from openrlhf.models.adapters import set_dropout
 from openrlhf.models.lora import keep_mask
 from openrlhf.models.modeling_clara import STAGE_TRAINS, CLaRa
 from openrlhf.models.selection import select_documents
-from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model, set_dropout, text_rag_model
+from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model, text_rag_model
 
 LISTS = [DOCS[:3], DOCS[2:4], DOCS[1:6]]
 STAGES = ("stage1", "stage1_2", "stage2", "stage2_pretrain_retrieval")
@@ -83,7 +84,7 @@ def test_the_base_model_and_the_fixed_tokens_never_learn(mistral):
 def test_checkpointing_changes_no_gradient(mistral, stage, dropout):
     """Exactly equal: a recomputed segment runs under the adapter, and the dropout masks, of its forward pass."""
     model = model_of(stage, mistral, dtype=torch.float64)
-    set_dropout(model, dropout)
+    set_dropout(model.decoder, dropout)
     model.train_stage(stage)
     model.train()
     batch = make_batch(model, stage, LISTS, QUESTIONS, ANSWERS)
@@ -164,7 +165,7 @@ def test_gradients_equal_those_of_separate_models(mistral, tmp_path, stage, drop
     model = new_model(mistral, dtype=torch.float64)
     model.save_pretrained(tmp_path)
     alone = {name: peft_alone(mistral, tmp_path / name) for name in ADAPTERS}
-    set_dropout(model, dropout)
+    set_dropout(model.decoder, dropout)
     for separate in alone.values():
         use_plain_dropout(separate, dropout)
     model.train_stage(stage)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from openrlhf.models.adapters import set_dropout
 from openrlhf.models.modeling_clara import CLaRa, CLaRaConfig
-from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model, set_dropout
+from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model
 
 LISTS = [DOCS[:2], DOCS[2:3], DOCS[3:6]]
 
@@ -215,7 +216,7 @@ def test_dropout_never_touches_frozen_documents(model):
     """In stage 2 the documents are the stored ones: training mode changes neither scores' documents nor their MSE."""
     model.train_stage("stage2")
     batch = make_batch(model, "stage2", LISTS, QUESTIONS, ANSWERS)
-    set_dropout(model, 0.5)
+    set_dropout(model.decoder, 0.5)
     mse = {float(model.train()(batch=batch)[1]["mse_loss"]) for _ in range(3)}
     assert mse == {float(model.eval()(batch=batch)[1]["mse_loss"])}
 

@@ -8,8 +8,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from openrlhf.models.adapters import set_dropout
 from openrlhf.models.modeling_clara import CLaRa
-from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model, set_dropout, text_rag_model
+from tests.tiny import ANSWERS, DOCS, QUESTIONS, gradients, make_batch, new_model, text_rag_model
 
 LISTS = [DOCS[:2], DOCS[2:3], DOCS[3:6]]
 
@@ -57,9 +58,10 @@ def test_loss_and_gradients_are_those_of_fine_tuning_the_base_with_peft(base_dir
         tmp_path / "checkpoint" / "decoder_adapter",
         is_trainable=True,
     )
-    for mine in (model, plain):
-        set_dropout(mine, 0.0)
-        mine.train()
+    for decoder in (model.decoder, plain):
+        set_dropout(decoder, 0.0)
+    model.train()
+    plain.train()
     model.train_stage("text_rag")
     total, count = torch.zeros((), dtype=torch.float64), 0
     for prompt, answer in plain_rows(base, model):
