@@ -50,6 +50,7 @@ class EvaluationConfig:
     copy_compressor: bool = _flag(
         False, "end_to_end suite on a checkpoint from before stage 2: select with a copy of its compressor"
     )
+    answers: bool = _flag(True, "answer the questions; off: only rank the candidates of the end_to_end suite")
     first_answer_only: bool = _flag(False, "score against the first gold answer only, as the public script does")
     seed: int = _flag(42, "of the random ranking and of the bootstrap")
 
@@ -75,10 +76,15 @@ class EvaluationConfig:
             problems.append(f"--setting {self.setting}: the {self.suite} suite has {' and '.join(known)}")
         if self.copy_compressor and self.suite != END_TO_END:
             problems.append("--copy_compressor selects documents, which only --suite end_to_end does")
+        if not self.answers and self.suite != END_TO_END:
+            problems.append("--no_answers leaves nothing to measure but a ranking, which only --suite end_to_end has")
         self.dataset_names = list(dict.fromkeys(names(self.datasets)))
         for name in ("dense_model", "cross_encoder", "text_rag_checkpoint", "llmlingua_model"):
             if getattr(self, name) and (not self.baselines or self.suite == PRETRAINING):
                 problems.append(f"--{name} is a baseline: it needs --baselines and a suite that answers questions")
+        for name in ("text_rag_checkpoint", "llmlingua_model"):
+            if getattr(self, name) and not self.answers:
+                problems.append(f"--{name} answers from text, and does not go with --no_answers")
         for name in ("bertscore_model", "entity_model"):
             if getattr(self, name) and self.suite != PRETRAINING:
                 problems.append(f"--{name} scores paraphrases: use it with --suite pretraining")

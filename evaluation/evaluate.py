@@ -86,12 +86,13 @@ def answer_all(
     if config.baselines and config.suite != PRETRAINING:
         device = str(runner.state.device)
         scores = runner.once("rankings", lambda: systems.rank_candidates(questions, config, device))
-    if config.baselines:
+    if config.baselines and config.answers:
         readers = systems.text_systems(questions, model, config, scores, runner)
     lengths = [len(systems.clara_prompt(model, q, config.suite).ids) for q in questions]
     check_positions(model, lengths + [len(p.ids) for r in readers.values() for p in r.prompts.values()], new_tokens)
     documents = runner.compress(texts, [len(row) for row in rows], compressor(model, config))
-    runner.generate(systems.CLARA, questions, lengths, systems.clara(model, documents, config.suite, new_tokens))
+    answer = systems.clara(model, documents, config.suite, new_tokens, config.answers)
+    runner.generate(systems.CLARA, questions, lengths, answer)
     for name, reader in readers.items():
         systems.answer_texts(name, reader, runner, systems.plain(model, reader.adapter, new_tokens))
     runner.state.wait_for_everyone()

@@ -30,7 +30,7 @@ SYSTEM_LABELS = {
 DATASET_LABELS = {"nq": "NQ", "hotpotqa": "HotpotQA", "musique": "MuSiQue", "2wiki": "2Wiki", "average": "Average"}
 _SECTIONS = {"suite": str, "config": dict, "data": list, "systems": dict, "figures": list}
 _FIGURE_TEXTS = ("dataset", "setting", "system", "metric")
-_LINE_KEYS = {"dataset": str, "setting": str, "question": str, "golden": list, "documents": dict, "prediction": str}
+_LINE_KEYS = {"dataset": str, "setting": str, "question": str, "golden": list, "documents": dict}
 
 
 def _parse(text: str, where: str) -> dict:
@@ -105,6 +105,8 @@ def read_predictions(folder: Path) -> Iterator[dict]:
             if text.strip():
                 line = _parse(text, f"{path}:{number}")
                 _check(line, _LINE_KEYS, f"{path}:{number}")
+                if line.get("prediction", "") is not None:  # null: it only ranks
+                    _check(line, {"prediction": str}, f"{path}:{number}")
                 yield line
 
 

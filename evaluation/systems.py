@@ -137,9 +137,10 @@ def clara_prompt(model: CLaRa, question: Question, suite: str) -> Prompt:
 
 
 def clara(
-    model: CLaRa, documents: CompressedDocuments, suite: str, max_new_tokens: int
+    model: CLaRa, documents: CompressedDocuments, suite: str, max_new_tokens: int, answers: bool = True
 ) -> Callable[[list[Question]], list[dict]]:
-    """CLaRa on a batch: selects the best candidates (end to end) or reads all documents, and generates."""
+    """CLaRa on a batch: selects the best candidates (end to end) or reads all documents, and generates, unless
+    `answers` are not wanted of what it selects."""
 
     def select(batch: list[Question]) -> list[dict]:
         counts_B = torch.tensor([len(q.docs) for q in batch])
@@ -147,9 +148,12 @@ def clara(
         query_BE = model.encode_queries([q.question for q in batch])
         k, temperature = model.config.generation_top_k, model.config.topk_temperature
         chosen_KLD, topk_BK, scores_BN = select_documents(query_BE, docs_MLD, counts_B, k, temperature)
-        texts, prompts = generate(batch, list(chosen_KLD.split(counts_B.clamp(max=k).tolist())))
+        texts, lengths = [None] * len(batch), [None] * len(batch)
+        if answers:
+            texts, prompts = generate(batch, list(chosen_KLD.split(counts_B.clamp(max=k).tolist())))
+            lengths = [len(prompt.ids) for prompt in prompts]
         lines = []
-        for row, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
             scores, read = scores_BN[row, : counts_B[row]].tolist(), [i for i in topk_BK[row].tolist() if i >= 0]
             lines.append(
                 {
@@ -157,7 +161,7 @@ def clara(
                     "selected": [{"index": i, "score": round(scores[i], 6)} for i in read],
                     # What was read comes first, also among candidates of equal score.
                     "ranking": [*read, *(i for i in ranking(scores) if i not in read)],
-                    "prompt_tokens": len(prompt.ids),
+                    "prompt_tokens": length,
                 }
             )
         return lines

@@ -32,11 +32,12 @@ ABLATED_RATE = 16
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and the file that is there when it is done."""
+    """One command, and the file that is there when it is done; `marked` where the command itself leaves none."""
 
     name: str
     command: list[str]
     done: Path
+    marked: bool = False
 
 
 class Plan:
@@ -88,10 +89,26 @@ class Plan:
         if not baselines:
             command += ["--no_baselines"]
         elif suite != "pretraining":
-            command += ["--text_rag_checkpoint", str(self.work / "checkpoints" / "text_rag")]
+            if "--no_answers" not in flags:
+                command += ["--text_rag_checkpoint", str(self.work / "checkpoints" / "text_rag")]
             if suite == "end_to_end" and self.args.dense_model:
                 command += ["--dense_model", self.args.dense_model]
         self.steps.append(Step(f"measure {name} ({suite})", command, folder / "results.json"))
+
+    def compress(self, name: str) -> list[str]:
+        """Compresses what stage 2 and its measurements read, once for all of them; the flag that reads it."""
+        store = self.work / "stores" / name
+        command = [
+            sys.executable,
+            "-m",
+            "openrlhf.cli.compress_corpus",
+            "--model",
+            str(self.work / "checkpoints" / name),
+        ]
+        command += ["--input", str(self.data / "corpus.jsonl"), "--output", str(store)]
+        command += ["--dtype", "bfloat16" if self.bf16 else "float32"]
+        self.steps.append(Step(f"compress {name}", command, store.with_suffix(".done"), marked=True))
+        return ["--document_store", str(store)]
 
     def main_runs(self) -> None:
         """The baseline that reads text, then warm-up and three stages at each rate, each stage measured."""
@@ -130,16 +147,26 @@ class Plan:
                 *named,
                 *kept_on,
             )
-            last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second)
+            stored = self.compress(second) if part.corpus else []
+            last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second, *stored)
+            selecting = [last]
+            if part.retrieval:
+                warm_start = self.train(
+                    f"retrieval_{at}", "stage2_pretrain_retrieval", rate, questions[1:], part.retrieval, second, *stored
+                )
+                selecting.append(
+                    self.train(f"stage2_warm_{at}", "stage2", rate, questions[1:], part.stage2, warm_start, *stored)
+                )
             baselines = rate == part.rates[0]  # they are the same beside every rate
             self.evaluate(warm, "pretraining", baselines)
             for name in said_again:
                 self.evaluate(name, "pretraining", False)
             self.evaluate(trained, "instruction_tuning", False)
             self.evaluate(second, "instruction_tuning", baselines)
-            self.evaluate(second, "end_to_end", False, "--copy_compressor")
-            self.evaluate(last, "end_to_end", baselines)
-            for name in dict.fromkeys((first, trained, second)):
+            self.evaluate(second, "end_to_end", baselines, "--copy_compressor", "--no_answers", *stored)
+            for name in selecting:
+                self.evaluate(name, "end_to_end", baselines and not part.corpus, *stored)
+            for name in dict.fromkeys((first, trained, second, *selecting)):
                 answers = self.work / "fresh" / f"{name}.json"
                 command = [sys.executable, "scripts/ask_fresh.py"]
                 command += ["--checkpoint", str(self.work / "checkpoints" / name), "--out", str(answers)]
@@ -232,6 +259,8 @@ def run(steps: list[Step], work: Path, seconds: float) -> bool:
                 raise
             return False
         note(work, step, time.monotonic() - began)
+        if code == 0 and step.marked:
+            step.done.touch()
         if code != 0 or not step.done.is_file():
             sys.exit(f"reproduce_small: {step.name} failed (status {code}); the same command goes on from here")
     return True
@@ -260,7 +289,7 @@ def not_run(args: argparse.Namespace, plan: Plan) -> dict[str, list[str]]:
     left = [
         step.name
         for step in plan.steps
-        if not step.done.is_file() and not (kept / step.done.relative_to(args.work)).is_file()
+        if not step.marked and not step.done.is_file() and not (kept / step.done.relative_to(args.work)).is_file()
     ]
     if args.part == "full":
         return {"part": left, "plan": left}

@@ -20,6 +20,7 @@ POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
 LONGEST_WORDS = 64
 ASKED = 6  # questions of a set about words that follow
+CANDIDATES = 20
 
 
 def rows(path: Path) -> Iterator[dict]:
@@ -115,6 +116,28 @@ def follow_sets(passages: list[str], tokenizer: Any) -> list[dict]:
     return found
 
 
+def over_corpus(records: list[dict], corpus: list[str]) -> list[dict]:
+    """The end-to-end questions whose gold passages are in a corpus, with those of their candidates that are in it and
+    others drawn from it: many questions over few passages, so that these are compressed once for all of them."""
+    rng, known, found = random.Random(4), set(corpus), []
+    for record in records:
+        gold = {record["docs"][i] for i in record["pos_index"]}
+        if not gold or not gold <= known:
+            continue
+        docs = list(dict.fromkeys(doc for doc in record["docs"] if doc in known))
+        docs += [doc for doc in rng.sample(corpus, CANDIDATES) if doc not in docs][: max(0, CANDIDATES - len(docs))]
+        rng.shuffle(docs)
+        found.append({**record, "docs": docs, "pos_index": [i for i, doc in enumerate(docs) if doc in gold]})
+    return found
+
+
+def evaluated(data: Path, questions: int | None) -> Iterator[str]:
+    """The candidates of the first so many questions of each end-to-end evaluation file."""
+    for path in sorted((data / "eval" / "e2e").glob("*/*.jsonl")):
+        for record in list(rows(path))[:questions]:
+            yield from record["docs"]
+
+
 def left_for(more: Further, kind: str, target: Path) -> list[dict]:
     """What a further run of stage 1 has of a kind of data: records that were not used before it."""
     if kind == "openings":
@@ -137,9 +160,10 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     stage1_RUN.jsonl and openings_RUN.jsonl (turned round, too) go on behind what was used of them, or stage1_RUN.jsonl
     has the passages that are not short; words.jsonl has words in no order, follow.jsonl sets of questions which words
     follow, and words_RUN.jsonl and follow_RUN.jsonl go on behind what was used of these.
-    instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl is the
-    end-to-end file and the training questions of the pool with their passages written out. All are shuffled with a
-    fixed seed.
+    instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl has the
+    questions of the end-to-end file and the other training questions of the pool, with their passages written out, or,
+    with `part.corpus`, those of them that can be asked over the candidates of the first so many; corpus.jsonl then has
+    these passages and those of the evaluation. All are shuffled with a fixed seed.
     """
     from transformers import AutoTokenizer
 
@@ -181,9 +205,16 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     if not (target / "e2e.jsonl").is_file():
         records = list(rows(data / TRAIN_FILES[2]))
         if (data / POOL).is_file():
+            asked = {record["question"] for record in records}
             passages = {row["id"]: row["text"] for row in rows(data / CORPUS)}
             for row in rows(data / POOL):
-                if row["split"] == "train":
+                if row["split"] == "train" and row["question"] not in asked:
                     kept = {key: row[key] for key in ("question", "golden_answers", "answer", "pos_index")}
                     records.append({**kept, "docs": [passages[i] for i in row["doc_ids"]]})
-        write_rows(target / "e2e.jsonl", shuffled(records))
+        records = shuffled(records)
+        if part.corpus:
+            corpus = list(dict.fromkeys(doc for record in records[: part.corpus] for doc in record["docs"]))
+            records = over_corpus(records, corpus)
+            read = dict.fromkeys([*corpus, *evaluated(data, part.questions)])
+            write_rows(target / "corpus.jsonl", [{"id": str(i), "text": doc} for i, doc in enumerate(read)])
+        write_rows(target / "e2e.jsonl", records)

@@ -40,7 +40,8 @@ class Further:
 class Part:
     """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
     question over several documents, stage 1_2 has `single` over one, a passage of at most `short` tokens. Stage 1 goes
-    on with the runs of `further`, over such passages or longer ones."""
+    on with the runs of `further`, over such passages or longer ones. Stage 2 asks over the candidates of `corpus`
+    questions (0: each over its own), and is also started from a query reasoner that `retrieval` trained on labels."""
 
     doc_max_length: int
     single: int
@@ -49,10 +50,12 @@ class Part:
     stage1: Run
     stage1_2: Run
     stage2: Run
+    retrieval: Run | None
     text_rag: Run
     ablation: Run | None
     further: dict[str, Further]
     short: int
+    corpus: int
     questions: int | None
     micro: int
 
@@ -65,11 +68,13 @@ PARTS = {
         warm_up=Run(26000, 64, 1e-3, 2),
         stage1=Run(32000, 64, 5e-4, 2),
         stage1_2=Run(11808, 32, 2e-4, 2),
-        stage2=Run(12922, 32, 5e-5, 1),
-        text_rag=Run(24730, 32, 2e-4, 1),
+        stage2=Run(11670, 32, 5e-5, 1),
+        retrieval=None,
+        text_rag=Run(23478, 32, 2e-4, 1),
         ablation=Run(5000, 64, 5e-4, 1),
         further={},
         short=256,
+        corpus=0,
         questions=None,
         micro=64,
     ),
@@ -80,7 +85,8 @@ PARTS = {
         warm_up=Run(1200, 4, 1e-3),
         stage1=Run(1280, 4, 8e-4),
         stage1_2=Run(800, 4, 5e-4),
-        stage2=Run(64, 8, 2e-5),
+        stage2=Run(1000, 8, 1e-4),
+        retrieval=Run(2190, 16, 5e-4, 2),
         text_rag=Run(240, 8, 3e-4),
         ablation=None,
         further={
@@ -93,6 +99,7 @@ PARTS = {
             ),
         },
         short=80,
+        corpus=400,
         questions=25,
         micro=4,
     ),

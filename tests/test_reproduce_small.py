@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from evaluation import evaluate
-from openrlhf.cli import train_sft
+from openrlhf.cli import compress_corpus, train_sft
 from openrlhf.datasets.records import load_records
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_d
     steps = plan(data, base, tmp_path, part).steps
     names = [step.name for step in steps]
     assert len(set(names)) == len(names) and len({step.done for step in steps}) == len(steps)
-    trained = []
+    trained, stores = [], []
     for step in steps:
         program, given = step.command[2], step.command[3:]
         if program == "openrlhf.cli.train_sft":
@@ -80,9 +80,15 @@ def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_d
         elif program == "evaluation.plot_results":
             folders = given[: given.index("--output_dir")]
             assert {Path(folder) / "results.json" for folder in folders} <= {other.done for other in steps}
+        elif program == "openrlhf.cli.compress_corpus":
+            assert step.marked and step.name.removeprefix("compress ") in trained
+            given = compress_corpus.parse(given)
+            stores.append(str(given.output))
         else:
             assert step.name.startswith("fresh questions")
-    assert "text_rag" in trained and "stage2_rate4" in trained
+        stored = getattr(config, "document_store", None) if program != "openrlhf.cli.compress_corpus" else None
+        assert stored is None or stored in stores
+    assert "text_rag" in trained and "stage2_rate4" in trained and bool(stores) == (part == "cpu")
     assert ("ablation/without_mse/stage2" in trained) == (part == "full")
 
 
@@ -95,7 +101,9 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     )
     first = len(pool[0]["docs"])
     ids = [list(range(first)), list(range(first, len(passages)))]
-    more = [{**row, "doc_ids": i, "split": split} for row, i, split in zip(pool, ids, ("train", "dev"), strict=True)]
+    pool = [*pool, {**pool[0], "question": "Another one?"}]
+    splits = zip(pool, (*ids, ids[0]), ("train", "dev", "train"), strict=True)
+    more = [{**row, "doc_ids": i, "split": split} for row, i, split in splits]
     (data / "extra" / "e2e_all_ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
     target = tmp_path / "prepared"
     tokenizer = AutoTokenizer.from_pretrained(mistral)
@@ -107,9 +115,11 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     cpu = parts.PARTS["cpu"]
     even = dataclasses.replace(cpu.further["even"], passages=1, openings=2, made=3)
     further = {**cpu.further, "even": even}
-    part = dataclasses.replace(cpu, doc_max_length=longest, short=short, single=2, further=further)
+    part = dataclasses.replace(cpu, doc_max_length=longest, short=short, single=2, further=further, corpus=0)
     prepared.prepare(data, target, str(mistral), part)
-    assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, "30 of the file and one of the pool's two"
+    assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, (
+        "30 of the file and one of the pool that is new and for training"
+    )
     assert len(load_records(str(target / "stage1.jsonl"), "stage1")) == sum(n <= longest for n in lengths) < 30
     shorter = list(load_records(str(target / "stage1_more.jsonl"), "stage1"))
     assert len(shorter) == sum(n <= short for n in lengths) < sum(n <= longest for n in lengths)
@@ -156,6 +166,38 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
     prepared.prepare(data, target, str(mistral), part)
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
+
+
+def test_questions_over_one_corpus_have_its_passages_alone_and_know_their_gold_ones(data, mistral, tmp_path):
+    file = data / "eval" / "e2e" / "nq" / "eval_processed_no_pos.jsonl"
+    file.parent.mkdir(parents=True)
+    asked = [{"question": "q", "docs": [f"evaluated {i}", "twice"], "golden_answers": ["a"]} for i in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    part = dataclasses.replace(parts.PARTS["cpu"], doc_max_length=10**6, short=10**6, further={}, corpus=6, questions=2)
+    prepared.prepare(data, tmp_path / "prepared", str(mistral), part)
+    corpus = list(prepared.rows(tmp_path / "prepared" / "corpus.jsonl"))
+    texts = [row["text"] for row in corpus]
+    assert len(set(texts)) == len({row["id"] for row in corpus}) == len(texts)
+    assert texts[-3:] == ["evaluated 0", "twice", "evaluated 1"]
+    whole = {row["question"]: row for row in prepared.rows(data / "train" / "e2e_train.jsonl")}
+    found = list(load_records(str(tmp_path / "prepared" / "e2e.jsonl"), "stage2"))
+    assert 6 <= len(found) == sum({row["docs"][i] for i in row["pos_index"]} <= set(texts) for row in whole.values())
+    for row in found:
+        (question,) = row["question"]
+        before = whole[question]
+        assert len(row["docs"]) == len(set(row["docs"])) == min(prepared.CANDIDATES, len(texts) - 3)
+        assert set(before["docs"]) & set(texts) <= set(row["docs"]) <= set(texts[:-3])
+        gold = {before["docs"][i] for i in before["pos_index"]}
+        assert {row["docs"][i] for i in row["pos_index"]} == gold and len(row["pos_index"]) == len(gold)
+
+
+def test_a_step_whose_program_leaves_nothing_is_marked_when_it_is_done(tmp_path):
+    silent = dataclasses.replace(step(tmp_path, "silent", "pass"), marked=True)
+    assert reproduce.run([silent], tmp_path, 0) is True and silent.done.is_file()
+    broken = dataclasses.replace(step(tmp_path, "broken", "raise SystemExit(3)"), marked=True)
+    with pytest.raises(SystemExit, match="broken failed"):
+        reproduce.run([broken], tmp_path, 0)
+    assert not broken.done.exists()
 
 
 def step(folder: Path, name: str, code: str) -> "reproduce.Step":

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation import evaluate, runner
+from evaluation import evaluate, report, runner
 from evaluation.metrics import best_over_golds, cover_exact_match_score, f1_score
 from evaluation.questions import dataset_files, load_questions
 from openrlhf.cli import compress_corpus
@@ -344,6 +344,19 @@ def test_a_copy_of_the_compressor_selects_where_there_is_no_query_reasoner(stage
     assert lines and "copy of its compressor" in results["systems"]["clara"]
 
 
+def test_without_answers_the_candidates_are_ranked_as_with_them(finished, stage2, eval_data, tmp_path, monkeypatch):
+    whole, before = read(finished)
+    monkeypatch.setattr(CLaRa, "generate_from_prompts", None)
+    evaluate.main(flags(stage2, eval_data, tmp_path / "out", "--no_answers"))
+    results, lines = read(tmp_path / "out")
+    assert [line["ranking"] for line in lines] == [line["ranking"] for line in before]
+    assert set(results["systems"]) == {"clara", "random", "bm25"} and lines[0]["prediction"] is None
+    kept = [f for f in whole["figures"] if f["metric"].startswith(("recall", "precision", "mrr"))]
+    assert [f for f in results["figures"] if f["metric"] != "latency_s"] == kept
+    report.main([str(tmp_path / "out"), "--output", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").is_file()
+
+
 def test_documents_are_read_from_a_store(finished, stage2, eval_data, tmp_path, monkeypatch):
     _, plain = read(finished)
     texts = {text for line in plain for text in line["documents"].values()}
@@ -395,6 +408,8 @@ def test_a_public_checkpoint_without_its_prompts_is_refused(no_model, vectors, e
         (["--model_path", "./nowhere"], "'./nowhere' was not found"),
         (["--bertscore_model", "x"], "--suite pretraining"),
         (["--suite", "pretraining", "--dense_model", "a/b"], "is a baseline"),
+        (["--suite", "instruction_tuning", "--no_answers"], "which only --suite end_to_end has"),
+        (["--text_rag_checkpoint", "x", "--no_answers"], "does not go with --no_answers"),
     ],
 )
 def test_flags_that_cannot_be_evaluated_are_refused(no_model, stage2, eval_data, tmp_path, capsys, more, said):
