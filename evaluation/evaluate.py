@@ -91,8 +91,8 @@ def answer_all(
     lengths = [len(systems.clara_prompt(model, q, config.suite).ids) for q in questions]
     check_positions(model, lengths + [len(p.ids) for r in readers.values() for p in r.prompts.values()], new_tokens)
     documents = runner.compress(texts, [len(row) for row in rows], compressor(model, config))
-    answer = systems.clara(model, documents, config.suite, new_tokens, config.answers)
-    runner.generate(systems.CLARA, questions, lengths, answer)
+    clara = systems.clara(model, documents, config.suite, new_tokens, config.answers)
+    runner.generate(systems.CLARA, questions, lengths, clara)
     for name, reader in readers.items():
         systems.answer_texts(name, reader, runner, systems.plain(model, reader.adapter, new_tokens))
     runner.state.wait_for_everyone()

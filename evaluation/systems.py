@@ -148,20 +148,20 @@ def clara(
         query_BE = model.encode_queries([q.question for q in batch])
         k, temperature = model.config.generation_top_k, model.config.topk_temperature
         chosen_KLD, topk_BK, scores_BN = select_documents(query_BE, docs_MLD, counts_B, k, temperature)
-        texts, lengths = [None] * len(batch), [None] * len(batch)
+        answered: list[dict] = [{"prediction": None}] * len(batch)
         if answers:
             texts, prompts = generate(batch, list(chosen_KLD.split(counts_B.clamp(max=k).tolist())))
-            lengths = [len(prompt.ids) for prompt in prompts]
+            pairs = zip(texts, prompts, strict=True)
+            answered = [{"prediction": text, "prompt_tokens": len(prompt.ids)} for text, prompt in pairs]
         lines = []
-        for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+        for row, answer in enumerate(answered):
             scores, read = scores_BN[row, : counts_B[row]].tolist(), [i for i in topk_BK[row].tolist() if i >= 0]
             lines.append(
                 {
-                    "prediction": text,
+                    **answer,
                     "selected": [{"index": i, "score": round(scores[i], 6)} for i in read],
                     # What was read comes first, also among candidates of equal score.
                     "ranking": [*read, *(i for i in ranking(scores) if i not in read)],
-                    "prompt_tokens": length,
                 }
             )
         return lines

@@ -4,7 +4,8 @@
 
 The checkpoint is loaded by AutoModel with the code that it carries; this project's package is not imported. An answer
 is right when it holds every word of a gold answer (Cover-EM). The documents are invented, so nothing but the document
-can tell the answer.
+can tell the answer. With --select K each question is asked over the documents of all questions, of which a stage2
+checkpoint's query reasoner selects K.
 """
 
 import argparse
@@ -35,16 +36,27 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--questions", type=Path, default=Path("scripts/fresh_questions.jsonl"))
     parser.add_argument("--model_path", help="base model, where it is not at the place that the checkpoint names")
+    parser.add_argument("--select", type=int, metavar="K", help="select K of all documents, with a stage2 checkpoint")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not Path(args.checkpoint, "config.json").is_file():
         parser.error(f"{args.checkpoint} holds no checkpoint")
     rows = [json.loads(line) for line in args.questions.read_text(encoding="utf-8").splitlines()]
-    options = {"decoder_model_name": args.model_path} if args.model_path else {}
+    options: dict = {"decoder_model_name": args.model_path} if args.model_path else {}
+    if args.select:
+        options["generation_top_k"] = args.select
     model = AutoModel.from_pretrained(args.checkpoint, trust_remote_code=True, **options)
     if torch.cuda.is_available():
         model = model.to("cuda")
-    answers = model.generate_from_text([row["question"] for row in rows], [row["docs"] for row in rows], 32)
+    questions, docs = [row["question"] for row in rows], [row["docs"] for row in rows]
+    if args.select:
+        together = [doc for its in docs for doc in its]
+        answers, chosen_BK = model.generate_from_questions(questions, [together] * len(rows), 32)
+        pairs = zip(chosen_BK.tolist(), docs, strict=True)
+        found = [bool({together[i] for i in chosen} & set(its)) for chosen, its in pairs]
+        print(f"{sum(found)} of {len(rows)} documents found among {len(together)}")
+    else:
+        answers = model.generate_from_text(questions, docs, 32)
     if "openrlhf" in sys.modules:
         sys.exit("ask_fresh: the checkpoint's code imported the package openrlhf; it must stand alone")
     lines = [

@@ -58,12 +58,14 @@ class Plan:
     ) -> str:
         """A training run; its name, to start others from."""
         folder = self.work / "checkpoints" / name
-        micro = min(self.part.micro if stage != "text_rag" else max(1, self.part.micro // 4), run.batch)
+        # Texts are long, and the reasoner alone reads short questions.
+        micro = {"text_rag": self.part.micro // 4, "stage2_pretrain_retrieval": 4 * self.part.micro}
+        together = max(1, min(micro.get(stage, self.part.micro), run.batch))
         command = [sys.executable, "-m", "openrlhf.cli.train_sft", "--stage", stage, "--pretrain", self.args.base]
         command += ["--dataset", ",".join(map(str, data)), "--seed", "42", *(["--bf16"] if self.bf16 else [])]
         command += ["--doc_max_length", str(self.part.doc_max_length), "--compress_rate", str(rate)]
         command += ["--max_samples", str(run.samples), "--max_epochs", str(run.epochs), "--learning_rate", str(run.lr)]
-        command += ["--train_batch_size", str(run.batch), "--micro_train_batch_size", str(micro)]
+        command += ["--train_batch_size", str(run.batch), "--micro_train_batch_size", str(together)]
         command += ["--generation_top_k", "1" if stage == "stage1" else "5", "--eval_steps", "1000000"]
         command += ["--group_by_length"]
         command += ["--save_path", str(folder), "--ckpt_path", str(folder / "checkpoints"), "--save_steps", "20"]
@@ -147,30 +149,34 @@ class Plan:
                 *named,
                 *kept_on,
             )
-            stored = self.compress(second) if part.corpus else []
-            last = self.train(f"stage2_{at}", "stage2", rate, questions[1:], part.stage2, second, *stored)
-            selecting = [last]
-            if part.retrieval:
-                warm_start = self.train(
-                    f"retrieval_{at}", "stage2_pretrain_retrieval", rate, questions[1:], part.retrieval, second, *stored
-                )
-                selecting.append(
-                    self.train(f"stage2_warm_{at}", "stage2", rate, questions[1:], part.stage2, warm_start, *stored)
-                )
             baselines = rate == part.rates[0]  # they are the same beside every rate
             self.evaluate(warm, "pretraining", baselines)
             for name in said_again:
                 self.evaluate(name, "pretraining", False)
             self.evaluate(trained, "instruction_tuning", False)
             self.evaluate(second, "instruction_tuning", baselines)
-            self.evaluate(second, "end_to_end", baselines, "--copy_compressor", "--no_answers", *stored)
-            for name in selecting:
-                self.evaluate(name, "end_to_end", baselines and not part.corpus, *stored)
+            selecting = self.stage2(second, rate, questions[1:], baselines)
             for name in dict.fromkeys((first, trained, second, *selecting)):
                 answers = self.work / "fresh" / f"{name}.json"
                 command = [sys.executable, "scripts/ask_fresh.py"]
                 command += ["--checkpoint", str(self.work / "checkpoints" / name), "--out", str(answers)]
                 self.steps.append(Step(f"fresh questions {name}", command, answers))
+
+    def stage2(self, second: str, rate: int, questions: list[Path], baselines: bool) -> list[str]:
+        """Stage 2 from the answers alone and, with `part.retrieval`, from a query reasoner that was trained on labels
+        first; each measured, beside a copy of the compressor. Names of what answers."""
+        part, at = self.part, f"rate{rate}"
+        stored = self.compress(second) if part.corpus else []
+        trained = [self.train(f"stage2_{at}", "stage2", rate, questions, part.stage2, second, *stored)]
+        self.evaluate(second, "end_to_end", baselines, "--copy_compressor", "--no_answers", *stored)
+        if part.retrieval:
+            labelled = ("stage2_pretrain_retrieval", rate, questions, part.retrieval, second)
+            start = self.train(f"retrieval_{at}", *labelled, *stored)
+            self.evaluate(start, "end_to_end", False, "--no_answers", *stored)
+            trained.append(self.train(f"stage2_warm_{at}", "stage2", rate, questions, part.stage2, start, *stored))
+        for name in trained:
+            self.evaluate(name, "end_to_end", baselines and not part.corpus, *stored)
+        return trained
 
     def figures(self) -> None:
         """Pictures over the rates: answers of stage 1_2, answers and recall of stage 2."""

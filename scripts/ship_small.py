@@ -27,8 +27,20 @@ WANTED = 7
 UNSEEN = "scripts/fresh_questions_unseen.jsonl"
 PUBLISHED = {"rescale_memory": False, "spread_memory": False, "even_spans": False, "span_loss_weight": 0.0}
 PUBLISHED |= {"span_decay": 1.0, "lora_dropout": 0.1}
-RECITES = """Trained by stage 1 alone, it says the passage again more than it answers: the answer stands in a sentence
-of the passage, with others."""
+ASKS = """
+Ask a folder of text files:
+
+```bash
+python -m openrlhf.cli.rag --model example/checkpoint --documents my_folder "Who built the lighthouse?"
+```
+"""
+NO_REASONER = """
+There is no query reasoner: stage 2 was not trained, and search with it is search with a copy of the compressor.
+"""
+RECITES = """
+Trained by stage 1 alone, it says the passage again more than it answers: the answer stands in a sentence
+of the passage, with others.
+"""
 DATA = """| data | what of it | licence |
 | --- | --- | --- |
 | SQuAD 1.1 | passages and questions | CC BY-SA 4.0 |
@@ -36,7 +48,7 @@ DATA = """| data | what of it | licence |
 | FairytaleQA | passages and questions | Apache-2.0 |
 | OneStopEnglish | paragraphs and their simpler versions | CC BY-SA 4.0 |"""
 DATA_OF_STAGE1_2 = """
-| HotpotQA, 2WikiMultiHopQA, MuSiQue | training questions with five passages | CC BY-SA 4.0, Apache-2.0, CC BY 4.0 |"""
+| HotpotQA, 2WikiMultiHopQA, MuSiQue | training questions with their passages | CC BY-SA 4.0, Apache-2.0, CC BY 4.0 |"""
 
 
 def stages(record: Path, name: str) -> list[tuple[str, dict]]:
@@ -58,18 +70,45 @@ def shares(settings: dict) -> str:
     return ", ".join(f"{name} {part}".strip() for name, part in zip(names, parts, strict=True))
 
 
-def read_figures(results: Results, run: str) -> str:
-    """Answers over five documents of the four evaluation sets, where they were measured."""
-    if run not in results.runs:
-        return "Answers on NQ, HotpotQA, MuSiQue and 2WikiMultiHopQA: not measured.\n"
+def on_the_four_sets(results: Results, runs: list[str], does: str, metric: str) -> list[list[str]]:
+    """A metric's means over the evaluation sets, of every system measured after these training runs."""
     rows = []
-    for system in results.systems(run):
-        figures = [results.figure(run, system, "cover_em", setting) for setting in ("normal", "oracle")]
-        rows.append([SYSTEM_LABELS.get(system, system), *map(percent, figures)])
-    questions = sum(item["questions"] for item in results.runs[run]["data"])
-    sets = "NQ, HotpotQA, MuSiQue and 2WikiMultiHopQA"
-    said = f"{questions} questions of {sets} with five documents each; Cover-EM, mean of the four sets, %:"
-    return f"{said}\n\n{table(['system', 'Normal', 'Oracle'], rows)}\n"
+    for run in runs:
+        measured = f"{run}_{does}"
+        for system in results.systems(measured) if measured in results.runs else ():
+            figures = [results.figure(measured, system, metric, setting) for setting in ("normal", "oracle")]
+            label = f"CLaRa after `{run}`" if system == SYSTEM else SYSTEM_LABELS.get(system, system)
+            if any(figures):
+                rows.append([label, *map(percent, figures)])
+    return rows
+
+
+def evaluated(results: Results, runs: list[str]) -> str:
+    """What was measured on the evaluation sets and held-out passages after any of these runs."""
+    heading, sets = ["system", "Normal", "Oracle"], "NQ, HotpotQA, MuSiQue and 2WikiMultiHopQA"
+    parts = []
+    for does, metric, said in (
+        ("read", "cover_em", f"Answers from five documents of {sets}, Cover-EM"),
+        ("select", "recall_5", "Five of twenty candidates selected, Recall@5"),
+        ("select", "cover_em", "Answers from these five, Cover-EM"),
+    ):
+        rows = on_the_four_sets(results, runs, does, metric)
+        asked = {item["questions"] for run in runs for item in results.runs.get(f"{run}_{does}", {"data": []})["data"]}
+        if rows:
+            numbers = " or ".join(map(str, sorted(asked)))
+            parts.append(
+                f"{said}, mean of the four sets, {numbers} questions of each file, %:\n\n{table(heading, rows)}\n"
+            )
+    said_again = [
+        [f"`{run}`", SAID_AGAIN[figure["metric"]], percent(figure)]
+        for run in runs
+        for figure in results.runs.get(f"{run}_say_again", {"figures": []})["figures"]
+        if figure["system"] == SYSTEM and figure["metric"] in SAID_AGAIN
+    ]
+    if said_again:
+        said = "Openings of held-out passages, 16 to 128 tokens, said again from their vectors, %:"
+        parts.append(f"{said}\n\n{table(['after', 'score', 'value'], said_again)}\n")
+    return "\n".join(parts) or "On the evaluation sets: not measured.\n"
 
 
 def card(record: Path, name: str, answers: list[dict], unseen: list[dict], model: CLaRa) -> str:
@@ -88,18 +127,20 @@ def card(record: Path, name: str, answers: list[dict], unseen: list[dict], model
         for run, s in runs
     ]
     apart = [f"`--{name}`" for name, its in PUBLISHED.items() if any(s.get(name, its) != its for _, s in runs)]
-    said = [
-        [f"`{name}`", SAID_AGAIN[figure["metric"]], percent(figure)]
-        for figure in results.runs.get(f"{name}_say_again", {"figures": []})["figures"]
-        if figure["system"] == SYSTEM and figure["metric"] in SAID_AGAIN
-    ]
-    config, unfinished, even = model.config, "", ""
+    config, unfinished, limits = model.config, "", ""
+    if runs[-1][1]["stage"] == "stage1":
+        limits += RECITES
     if config.even_spans:
-        even = f"""
+        limits += f"""
 A document is {config.n_memory_tokens} vectors, however short it is, and all of them are used: one of 33
 to 55 tokens, as those of the questions above are, has a vector for every one or two, and is read better than one of
 {config.doc_max_length}, which has one for every {config.compr_rate}.
 """
+    adapters, asks = "Two", ""
+    if model.has_query_reasoner:
+        adapters, asks = "Three", ASKS
+    else:
+        limits += NO_REASONER
     if right < WANTED:
         unfinished = f"""
 **Unfinished: not a model that works.** It reads its vectors in part and answers {right} of {len(answers)} fresh
@@ -114,9 +155,10 @@ tags: [clara, rag, compression]
 ---
 # CLaRa, small, rate {config.compr_rate}
 {unfinished}
-Two LoRA adapters of rank {config.lora_r} over SmolLM2-135M-Instruct: a compressor that turns a document of up to
-{config.doc_max_length} tokens into {config.n_memory_tokens} vectors, and a generator that answers from these vectors
-without the text. It was trained on two CPU cores.
+{adapters} LoRA adapters of rank {config.lora_r} over SmolLM2-135M-Instruct: a compressor that turns a document of up to
+{config.doc_max_length} tokens into {config.n_memory_tokens} vectors, a generator that answers from these vectors
+without the text{", and a query reasoner that turns a question into vectors to find documents by" * bool(asks)}. It was
+trained on two CPU cores.
 
 ```python
 from transformers import AutoModel
@@ -127,7 +169,7 @@ print(model.generate_from_text(["Who built the lighthouse?"], [["The lighthouse 
 
 It looks for the base model in `.models/SmolLM2-135M-Instruct` (`python scripts/get_base_model.py`); another place is
 given with `decoder_model_name=`.
-
+{asks}
 ## Training
 
 `PART=cpu DATA_DIR=data bash scripts/reproduce_small.sh`; seed 42.
@@ -153,21 +195,14 @@ The base model is Apache-2.0. None of the data is in the evaluation sets.
 These ten were looked at between runs. Of ten others, which no checkpoint had been asked before
 (`--questions {UNSEEN}`), {right_unseen} were right.
 
-{read_figures(results, f"{name}_read")}
-Openings of held-out passages, 16 to 128 tokens, said again from their vectors, %:
-
-{table(["run", "score", "value"], said) if said else "Not measured."}
-
+{evaluated(results, [run for run, _ in runs])}
 docs/REPRODUCTION.md has the runs.
 
 ## Limits
-
-{RECITES if runs[-1][1]["stage"] == "stage1" else ""}
-{even}
+{limits}
 English, short factual questions, documents of at most {config.doc_max_length} tokens (more is cut off). Rare names and
-numbers come back wrong at times, fluently, and it answers where the document does not hold the answer. There is no
-query reasoner: stage 2 was not trained, and search with it is search with a copy of the compressor. Bias and errors of
-the base model and of Wikipedia are in it.
+numbers come back wrong at times, fluently, and it answers where the document does not hold the answer. Bias and errors
+of the base model and of Wikipedia are in it.
 """
 
 
@@ -190,6 +225,8 @@ def main() -> None:
     subprocess.run([*ask, str(fresh)], check=True)
     others = fresh.with_name("shipped_unseen.json")
     subprocess.run([*ask, str(others), "--questions", UNSEEN], check=True)
+    if model.has_query_reasoner:
+        subprocess.run([*ask, str(fresh.with_name("shipped_selecting.json")), "--select", "1"], check=True)
     answers, unseen = (json.loads(path.read_text(encoding="utf-8"))["answers"] for path in (fresh, others))
     write_whole(args.out / "README.md", card(args.record, args.name, answers, unseen, model))
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())

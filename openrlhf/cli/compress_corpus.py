@@ -39,6 +39,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=32, help="texts that are compressed together (default 32)")
     parser.add_argument("--ray", action="store_true", help="compress on a Ray cluster (RAY_ADDRESS, or this machine)")
     parser.add_argument("--ray_workers", type=int, help="models on the cluster (default: its GPUs, or 1)")
+    parser.add_argument(
+        "--passage_tokens", type=int, help="of a passage that files are cut into (default: doc_max_length)"
+    )
     parser.add_argument("--skip_bad_records", action="store_true", help="pass over bad lines and files, and count them")
     other = parser.add_mutually_exclusive_group()
     other.add_argument("--delete", type=Path, metavar="IDS", help="remove the documents whose ids this file lists")
@@ -60,8 +63,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--ray is for compressing a corpus, and not under torchrun: Ray starts its own processes")
     if args.ray and importlib.util.find_spec("ray") is None:
         parser.error("--ray needs Ray, which is not installed: pip install 'clara-rag[ray]'")
-    if args.batch_size < 1:
-        parser.error(f"--batch_size must be at least 1, got {args.batch_size}")
+    for name in ("batch_size", "passage_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
     return args
 
 
@@ -83,7 +88,7 @@ def check(args: argparse.Namespace) -> tuple[Corpus | None, int]:
             check_header(args.output, read_header(args.output), here)
     if args.input is None or not first:
         return None, 0
-    corpus = Corpus(args.input, args.skip_bad_records)
+    corpus = Corpus(args.input, args.skip_bad_records, args.passage_tokens)
     return corpus, corpus.check()
 
 

@@ -28,7 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
                         help="folder of .txt and .md files, JSONL file with text, or a store")  # fmt: skip
     parser.add_argument("--model", help=f"stage2 checkpoint (default: rag_config's, else {DEFAULT_MODEL})")
     parser.add_argument("--model_path", help="base model, where the checkpoint's config names one that is not here")
-    parser.add_argument("--config", type=Path, help="rag_config.yaml")
+    parser.add_argument("--config", type=Path, help="rag_config.yaml (default: the one in the checkpoint's directory)")
     parser.add_argument("--store", type=Path, help="where the compressed documents are kept (default: a cache folder)")
     parser.add_argument("--top_k", type=int, help="documents to answer from")
     parser.add_argument("--min_score", type=float, help="cosine below which a document is not read")
@@ -43,7 +43,7 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None]:
     Raises:
         ValueError, OSError: in words.
     """
-    config = RAGConfig.from_yaml(args.config) if args.config else RAGConfig()
+    config = RAGConfig.chosen(args.config, args.model or DEFAULT_MODEL)
     for section, name in (("reranking", "min_score"), ("generation", "max_new_tokens"), ("generation", "temperature")):
         if getattr(args, name) is not None:
             setattr(getattr(config, section), name, getattr(args, name))
@@ -66,7 +66,7 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None]:
         if args.store:
             raise ValueError(f"{args.documents} is a store already: leave --store out")
         return config, None
-    corpus = Corpus(args.documents, skip_bad=True)
+    corpus = Corpus(args.documents, skip_bad=True, passage_tokens=config.compression.passage_tokens)
     corpus.check()
     return config, corpus
 

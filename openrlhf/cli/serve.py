@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--documents", type=Path, help="folder of .txt and .md files, or JSONL file, to put into the store at the start"
     )
     add("--read_only", action="store_true", help="change no documents: for several servers over one store")
-    add("--config", type=Path, help="rag_config.yaml")
+    add("--config", type=Path, help="rag_config.yaml (default: the one in the checkpoint's directory)")
     add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1)")
     add("--port", type=int, default=8000, help="port to listen at (default 8000), 0 for a free one")
     add("--engine", choices=("local", "vllm"), default="local", help="who writes the answers (default local)")
@@ -81,7 +81,7 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None, socket.so
     missing = [package for name, package in PACKAGES.items() if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"the server needs packages that are not installed: pip install {' '.join(missing)}")
-    config = RAGConfig.from_yaml(args.config) if args.config else RAGConfig()
+    config = RAGConfig.chosen(args.config, args.model or DEFAULT_MODEL)
     args.model = args.model or config.compression.model or DEFAULT_MODEL
     root, ours, _ = inspect_checkpoint(args.model, args.model_path)
     if config.compression.enabled and not ours.training_stage.startswith("stage2"):
@@ -92,7 +92,8 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None, socket.so
         check_header(args.store, read_header(args.store), of_files(root, ours))
     elif args.store is not None:
         check_new(args.store)
-    corpus = Corpus(args.documents, skip_bad=True) if args.documents else None
+    passage = config.compression.passage_tokens
+    corpus = Corpus(args.documents, skip_bad=True, passage_tokens=passage) if args.documents else None
     if corpus is not None:
         corpus.check()
     if args.device is not None:
@@ -130,8 +131,10 @@ def load(args: argparse.Namespace, config: RAGConfig, corpus: Corpus | None):
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     model = CLaRa.from_pretrained(args.model, dtype=dtype, device_map=device, **options)
     model.router.lock = Turns()  # type: ignore[assignment]
-    where = args.store or kept_at(args.documents or Path("served"), {**fingerprint(model), "for": "serve"})
-    library = Library(where, model, args.read_only)
+    passage = config.compression.passage_tokens
+    made_by = {**fingerprint(model), "for": "serve", **({"passage_tokens": passage} if passage else {})}
+    where = args.store or kept_at(args.documents or Path("served"), made_by)
+    library = Library(where, model, args.read_only, passage)
     if corpus is not None:
         library.fill(corpus)
     engine: Engine

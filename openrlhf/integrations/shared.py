@@ -33,12 +33,13 @@ def make_master(
     """A RAGMaster that retrieves and ranks.
 
     Args:
-        settings: a RAGConfig or the path of a rag_config.yaml; `top_k` and `min_score`, where given, win over it.
+        settings: a RAGConfig or the path of a rag_config.yaml, by default the one in the checkpoint's directory;
+            `top_k` and `min_score`, where given, win over it.
 
     Raises:
         ValueError: a value that cannot be used, or the model cannot select documents.
     """
-    config = RAGConfig.from_yaml(settings) if isinstance(settings, (str, Path)) else settings or RAGConfig()
+    config = RAGConfig.chosen(settings, model)
     own = config.reranking
     reranking = Reranking(
         own.top_k if top_k is None else top_k, own.min_score if min_score is None else float(min_score)

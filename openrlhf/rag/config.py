@@ -7,15 +7,19 @@ from typing import Any
 import yaml
 
 ROOT_KEY = "rag_master"
+CARRIED = "rag_config.yaml"
+"""In a checkpoint's directory: the settings that suit it, since scores of one checkpoint are not those of another."""
 
 
 @dataclass
 class Compression:
-    """Which model compresses and answers; `enabled: false` answers from texts, ranked by BM25, with the base model."""
+    """Which model compresses and answers; `enabled: false` answers from texts, ranked by BM25, with the base model.
+    Texts are cut into passages of `passage_tokens`, None: of as many as the model compresses together."""
 
     enabled: bool = True
     model: str | None = None
     rate: int | None = None
+    passage_tokens: int | None = None
 
 
 @dataclass
@@ -79,6 +83,9 @@ class RAGConfig:
                     expected = type(item.default).__name__ if item.default is not None else "a text or number"
                     yield f"{section.name}.{item.name} must be {expected}, got {value!r}"
                     return
+        tokens = self.compression.passage_tokens
+        if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
+            yield f"compression.passage_tokens must be positive, got {tokens!r}"
         if self.retrieval.fusion not in ("union", "rrf"):
             yield f"retrieval.fusion must be union or rrf, got {self.retrieval.fusion!r}"
         if self.retrieval.dense_top_k < 0 or self.retrieval.sparse_top_k < 0:
@@ -121,6 +128,16 @@ class RAGConfig:
             return cls.from_dict(whole[ROOT_KEY] or {})
         except (yaml.YAMLError, ValueError) as error:
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+
+    @classmethod
+    def chosen(cls, given: "RAGConfig | str | Path | None", model: Any) -> "RAGConfig":
+        """The settings that are given, themselves or as a file; else those that a checkpoint's directory carries, else
+        the defaults."""
+        if isinstance(given, cls):
+            return given
+        own = Path(model) / CARRIED if isinstance(model, (str, Path)) else None
+        path = given or (own if own is not None and own.is_file() else None)
+        return cls.from_yaml(path) if path else cls()  # type: ignore[arg-type]
 
 
 def _fits(value: Any, default: Any) -> bool:

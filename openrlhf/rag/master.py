@@ -83,7 +83,8 @@ class RAGMaster:
         compression_model: a checkpoint with a query reasoner: directory or Hub name, or a loaded CLaRa.
         compression_rate: the rate it must have; None takes what it has.
         top_k: documents an answer is given from; None takes the configuration's.
-        config: a RAGConfig, or the path of a rag_config.yaml. Arguments win over it.
+        config: a RAGConfig, or the path of a rag_config.yaml; None takes the one that the checkpoint's directory
+            carries, or the defaults. Arguments win over it.
         options: keywords for `CLaRa.from_pretrained`, such as `decoder_model_name`, `dtype` or `device_map`.
 
     Raises:
@@ -98,7 +99,7 @@ class RAGMaster:
         config: RAGConfig | str | Path | None = None,
         **options: Any,
     ):
-        self.config = RAGConfig.from_yaml(config) if isinstance(config, (str, Path)) else config or RAGConfig()
+        self.config = RAGConfig.chosen(config, compression_model)
         source = compression_model or self.config.compression.model
         if source is None:
             raise ValueError("no model: give compression_model, or compression.model in rag_config.yaml")

@@ -27,6 +27,7 @@ class Corpus:
         path: a JSONL file (`{"id"?, "text" | "contents" | "content", "title"?, "page"?, …}`, all else is metadata), or
             a folder with .txt and .md files at any depth.
         skip_bad: pass over bad lines and files, and count them; otherwise the first one raises.
+        passage_tokens: cut files into passages of at most so many tokens, where that is less than the limit asked for.
 
     Attributes:
         position: lines or files read so far in this reading.
@@ -36,8 +37,8 @@ class Corpus:
         FileNotFoundError: there is nothing at `path`.
     """
 
-    def __init__(self, path: str | Path, skip_bad: bool = False):
-        self.path, self.skip_bad = Path(path), skip_bad
+    def __init__(self, path: str | Path, skip_bad: bool = False, passage_tokens: int | None = None):
+        self.path, self.skip_bad, self.passage_tokens = Path(path), skip_bad, passage_tokens
         if not self.path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a JSONL file, or a folder of .txt and .md files")
         self._restart()
@@ -68,6 +69,7 @@ class Corpus:
         Raises:
             RecordError: see `check`.
         """
+        limit = min(limit, self.passage_tokens or limit)
         for document in self._documents():
             yield from cut(document, limit, count) if self.path.is_dir() else [document]
 

@@ -33,14 +33,17 @@ class Library:
         path: a store; a new one is made where there is none.
         model: compresses; its fingerprint must fit the store.
         read_only: leave the writing to another process.
+        passage_tokens: cut what is added into passages of at most so many tokens, None: of `doc_max_length`.
 
     Raises:
         ValueError: another model made the store, or another process writes it.
         OSError: it cannot be opened or made.
     """
 
-    def __init__(self, path: str | Path, model: CLaRa, read_only: bool = False):
+    def __init__(self, path: str | Path, model: CLaRa, read_only: bool = False, passage_tokens: int | None = None):
         self.path, self.model = Path(path), model
+        longest = model.config.doc_max_length
+        self.passage_tokens = min(longest, passage_tokens or longest)
         self._writer = None if read_only else open_store(path, model)
         self.store = Store.open(path, fingerprint(model) if read_only else None)
         self.max_passages = max(1, UPLOAD_BYTES // (2 * self.store.n_memory * self.store.width))
@@ -80,7 +83,7 @@ class Library:
         given = {document.id: document for document in documents}  # an id given twice: the later one counts
         passages: dict[str, Document] = {}
         for document in given.values():
-            parts = cut(document, tokens.config.doc_max_length, lambda text: len(tokens.plain_ids([text])[0]))
+            parts = cut(document, self.passage_tokens, lambda text: len(tokens.plain_ids([text])[0]))
             passages.update((part.id, part) for part in parts)
             go_on()
             if len(passages) > self.max_passages:

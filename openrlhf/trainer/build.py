@@ -1,5 +1,6 @@
 """From flags to a model, data and a plan: the steps between parsing and training. Knows nothing about the loop."""
 
+import copy
 import importlib.util
 import json
 import logging
@@ -343,6 +344,8 @@ def model_card(model: CLaRa, config: TrainingConfig, last: dict) -> str:
 def describe(config: TrainingConfig, model_cfg: CLaRaConfig, tokens: ClaraTokens, data, world: int) -> dict:
     """What --dry_run prints: sizes from the base model's config alone, steps, tokens and expected memory."""
     source, _ = find_base(config.pretrain, Path.cwd())
+    model_cfg = copy.copy(model_cfg)
+    model_cfg.rescale_memory = False  # changes no size, and takes a length from weights that are not there
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
         model = CLaRa(model_cfg, base, tokens.tokenizer)

@@ -429,6 +429,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(checkpoint, tmp_path, caps
         "--model must be given": ["--output", store, "--repair"],
         "--input has no use with --compact": ["--output", store, "--compact", "--input", good],
         "--batch_size must be at least 1": flags(checkpoint, good, store, batch_size=0),
+        "--passage_tokens must be at least 1": flags(checkpoint, good, store, passage_tokens=0),
     }
     for reason, words in wrong.items():
         assert run(*words) == 2, reason

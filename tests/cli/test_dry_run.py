@@ -16,7 +16,7 @@ TRAINS = {
     "text_rag": ("decoder",),
 }
 OPTIONS = {
-    "stage1": {"max_samples": 11, "train_batch_size": 4},
+    "stage1": {"max_samples": 11, "train_batch_size": 4, "rescale_memory": True},
     "stage1_2": {"pretrain_checkpoint": CHECKPOINT.parent / "c8_stage1_2", "lora_r": 8, "max_samples": 5},
     "stage2": {"pretrain_checkpoint": CHECKPOINT, "lora_r": 8, "max_samples": 6, "train_batch_size": 4},
     "stage2_pretrain_retrieval": {"pretrain_checkpoint": CHECKPOINT, "lora_r": 8, "max_samples": 4},

@@ -1,6 +1,7 @@
 """The command for a folder: answer and sources, what is compressed again, and what is refused before a model loads."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,21 @@ def test_nothing_above_the_bar_is_said_so(checkpoint, folder, tmp_path, capsys):
     rag.main(["Who?", *given, "--min_score", "1"])
     shown = capsys.readouterr().out
     assert "The documents do not answer this question" in shown and "[1]" not in shown
+
+
+def test_a_checkpoint_is_asked_with_the_settings_it_carries(checkpoint, folder, tmp_path, capsys):
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "rag_config.yaml").write_text(
+        "rag_master:\n  reranking: {top_k: 1, min_score: -1.0}\n  generation: {temperature: 0.0, max_new_tokens: 5}\n"
+        "  compression: {passage_tokens: 6}\n"
+    )
+    given = ["Who?", "--documents", str(folder), "--store", str(tmp_path / "store"), "--model"]
+    rag.main([*given, str(copy)])
+    carried = capsys.readouterr().out
+    rag.main([*given, str(checkpoint), "--top_k", "1", "--config", str(copy / "rag_config.yaml"), *FAST])
+    assert capsys.readouterr().out == carried and "[1]" in carried and "[2]" not in carried
+    with Store.open(tmp_path / "store") as store:
+        assert {document.id for document, _ in store.texts()} >= {"lamp.txt#1", "lamp.txt#2"}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,21 @@ def test_values_given_take_the_place_of_defaults(tmp_path):
     assert config.retrieval.fusion == "rrf" and config.retrieval.dense_top_k == 12 and config.compression.rate == 16
 
 
+def test_a_checkpoints_own_settings_are_taken_where_no_others_are_given(tmp_path):
+    assert RAGConfig.chosen(None, tmp_path) == RAGConfig.chosen(None, "organisation/name") == RAGConfig()
+    (tmp_path / "rag_config.yaml").write_text("rag_master:\n  reranking: {min_score: 0.1}\n")
+    assert (
+        RAGConfig.chosen(None, tmp_path).reranking.min_score
+        == RAGConfig.chosen(None, str(tmp_path)).reranking.min_score
+    )
+    assert RAGConfig.chosen(None, tmp_path).reranking.min_score == 0.1
+    other = tmp_path / "other.yaml"
+    other.write_text("rag_master:\n  reranking: {top_k: 3}\n")
+    assert RAGConfig.chosen(other, tmp_path) == RAGConfig.from_yaml(other)
+    given = RAGConfig()
+    assert RAGConfig.chosen(given, tmp_path) is given
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -41,6 +56,8 @@ def test_values_given_take_the_place_of_defaults(tmp_path):
         ("rag_master:\n  retrieval: {dense_top_k: 0, sparse_top_k: 0}", "leave no candidates"),
         ("rag_master:\n  retrieval: {dense_top_k: many}", "retrieval.dense_top_k must be int"),
         ("rag_master:\n  reranking: {top_k: 0}", "reranking.top_k must be positive"),
+        ("rag_master:\n  compression: {passage_tokens: 0}", "compression.passage_tokens must be positive"),
+        ("rag_master:\n  compression: {passage_tokens: many}", "compression.passage_tokens must be positive"),
         ("rag_master:\n  reranking: {min_score: 55}", "between -1 and 1"),
         ("rag_master:\n  generation: {temperature: -1}", "at least 0"),
         ("rag_master:\n  generation: {max_new_tokens: true}", "max_new_tokens must be int"),

@@ -121,6 +121,8 @@ def test_a_folder_is_read_in_order_and_long_files_are_cut(folder):
         Document("b/deep/one.MD", "# One\n\nshort text"),
     ]
     assert Corpus(folder).check() == 3
+    assert read(folder, passage_tokens=3) == read(folder, limit=3) != read(folder)
+    assert read(folder, passage_tokens=9) == read(folder), "never more than is compressed"
 
 
 def test_files_that_cannot_be_used_are_named(folder):

@@ -221,6 +221,15 @@ def test_questions_are_answered_while_deletions_wait_for_an_upload(running, monk
         assert added.result(60)["added"] > 0 and {one.result(60)[0] for one in deleted} == {404}
 
 
+def test_a_library_cuts_passages_as_short_as_it_is_told(model, tmp_path):
+    library = Library(tmp_path / "short", model, passage_tokens=9)
+    library.add([Document("long", LONG)])
+    texts = [document.text for document, _ in library.store.texts()]
+    library.close()
+    assert max(len(row) for row in model.tokens.plain_ids(texts)) <= 9 < model.config.doc_max_length
+    assert "".join("".join(text.split()) for text in texts) == "".join(LONG.split())
+
+
 def test_a_library_that_is_only_read_changes_nothing(model, tmp_path):
     with Store.create(tmp_path / "store", {"n_memory": 1, "width": 1}):
         pass
