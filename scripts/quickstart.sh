@@ -39,8 +39,8 @@ PRETRAIN_CHECKPOINT="$CHECKPOINT_ROOT/stage1_2" \
     --eval_dataset "$EVAL_DATA/end_to_end_evaluation/example/eval_processed_with_pos.jsonl"
 
 if [ "$MODEL_PATH" = .models/SmolLM2-135M-Instruct ]; then
-    say "a small model after five hours of training (example/checkpoint), asked about invented documents"
-    "$PYTHON" scripts/ask_fresh.py --checkpoint example/checkpoint
+    say "a small model after five hours of training (example/checkpoint), asked about ten invented documents"
+    "$PYTHON" scripts/ask_fresh.py --checkpoint example/checkpoint --select 1
 fi
 
 say "what was learned in these minutes"

@@ -176,6 +176,11 @@ class Plan:
             trained.append(self.train(f"stage2_warm_{at}", "stage2", rate, questions, part.stage2, start, *stored))
         for name in trained:
             self.evaluate(name, "end_to_end", baselines and not part.corpus, *stored)
+        asked = start if part.retrieval else trained[0]
+        answers = self.work / "held_out" / f"{asked}.json"
+        command = [sys.executable, "scripts/ask_held_out.py", "--checkpoint", str(self.work / "checkpoints" / asked)]
+        command += ["--data", str(self.args.data / HELD_OUT), "--out", str(answers)]
+        self.steps.append(Step(f"held-out questions {asked}", command, answers))
         return trained
 
     def figures(self) -> None:

@@ -79,7 +79,8 @@ def keep(work: Path, kept: Path) -> None:
     """
     trained = [path.parent for path in work.glob("checkpoints/**/config.json")]
     files = [folder / name for folder in trained if (folder / METRICS_FILE).is_file() for name in OF_A_RUN]
-    for path in (*files, *work.glob("results/*/results.json"), *work.glob("fresh/*.json")):
+    answers = (*work.glob("fresh/*.json"), *work.glob("held_out/*.json"))
+    for path in (*files, *work.glob("results/*/results.json"), *answers):
         target = kept / path.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, without_places(path.read_text(encoding="utf-8")))
@@ -252,6 +253,21 @@ def fresh(work: Path) -> str:
     return "\n".join(parts) or "Not run.\n"
 
 
+def held_out_table(facts: dict) -> str:
+    """What scripts/ask_held_out.py counted."""
+    numbers = facts["questions"]
+    rows = [[way, *(f"{right[n]} of {numbers[n]}" for n in numbers)] for way, right in facts["right"].items()]
+    return table(["", *(f"up to {n} tokens" for n in numbers)], rows)
+
+
+def held_out(work: Path) -> str:
+    """Questions over held-out passages, by the passages' length."""
+    parts = []
+    for path in sorted((work / "held_out").glob("*.json")):
+        parts.append(f"`{path.stem}`:\n\n{held_out_table(json.loads(path.read_text(encoding='utf-8')))}\n")
+    return "\n".join(parts) or "Not run.\n"
+
+
 def missing(part: str, not_run: dict[str, list[str]]) -> str:
     """What was not run: every step of the part, the training runs of the whole plan."""
     said = []
@@ -316,6 +332,13 @@ Invented documents of `scripts/fresh_questions.jsonl`, answered through `AutoMod
 `scripts/fresh_questions_unseen.jsonl` (`shipped_unseen`) were asked of it alone, once it was chosen.
 
 {fresh(work)}
+## Questions over held-out passages
+
+One question of each of so many QA sets of `stage1_val.jsonl`, by the length of the passage
+(`python scripts/ask_held_out.py`). Found: the one document, of all questions' passages or their parts, that the query
+reasoner ranks first. An answer counts as above.
+
+{held_out(work)}
 ## Not run
 
 {missing(part, not_run)}

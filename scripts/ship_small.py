@@ -1,6 +1,6 @@
 """Writes example/checkpoint: a checkpoint of scripts/reproduce_small.sh in bfloat16, with a model card of its figures.
 
-    python scripts/ship_small.py --work results/reproduction_cpu --name stage1_2_rate4 --out example/checkpoint
+    python scripts/ship_small.py --work results/reproduction_cpu --name retrieval_rate4 --out example/checkpoint
 
 Every figure of the card is read from the record beside docs/REPRODUCTION.md, to which the answers of the shipped
 checkpoint are added. A model that answers fewer than 7 of the ten fresh questions is said to be unfinished. These ten
@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from reproduction_report import SAID_AGAIN, Results, fresh_table, percent, table
+from reproduction_report import SAID_AGAIN, Results, fresh_table, held_out_table, percent, table
 
 from evaluation.report_data import SYSTEM_LABELS
 from evaluation.scoring import SYSTEM
 from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.rag.config import CARRIED
 from openrlhf.utils.logging import write_whole
 
 WANTED = 7
@@ -33,6 +34,24 @@ Ask a folder of text files:
 ```bash
 python -m openrlhf.cli.rag --model example/checkpoint --documents my_folder "Who built the lighthouse?"
 ```
+
+`rag` and `serve` take the settings of rag_config.yaml here: files are cut into passages of 48 tokens, and the best one
+is read.
+"""
+RAG_SETTINGS = """# What suits this checkpoint in `python -m openrlhf.cli.rag` and `serve`.
+rag_master:
+  compression:
+    passage_tokens: 48   # full passages of doc_max_length are read much worse
+  reranking:
+    top_k: 1             # it was trained little on several documents
+    min_score: -1.0      # its cosines rank the documents of one question; they do not tell whether any answers it
+  generation:
+    max_new_tokens: 32
+    temperature: 0.0
+"""
+LABELLED = """
+The query reasoner learned from labels, which passages answer a question, not from the answers' loss as in the published
+stage 2, which at this size did not teach it to search (docs/REPRODUCTION_GUIDE.md).
 """
 NO_REASONER = """
 There is no query reasoner: stage 2 was not trained, and search with it is search with a copy of the compressor.
@@ -111,6 +130,24 @@ def evaluated(results: Results, runs: list[str]) -> str:
     return "\n".join(parts) or "On the evaluation sets: not measured.\n"
 
 
+def searched(record: Path, name: str) -> str:
+    """What a checkpoint with a query reasoner finds and answers."""
+    parts = []
+    for file, which in (("shipped_selecting", "the ten"), ("shipped_unseen_selecting", "the ten others")):
+        lines = json.loads((record / "fresh" / f"{file}.json").read_text(encoding="utf-8"))["answers"]
+        parts.append(f"{sum(line['right'] for line in lines)} of {which}")
+    right = " and ".join(parts)
+    said = f"Asked over all ten documents, of which the query reasoner selects one (`--select 1`): {right} are right.\n"
+    path = record / "held_out" / f"{name}.json"
+    if path.is_file():
+        said += f"""
+One question of each of so many QA sets over held-out passages, by the passages' length (`scripts/ask_held_out.py`):
+
+{held_out_table(json.loads(path.read_text(encoding="utf-8")))}
+"""
+    return said
+
+
 def card(record: Path, name: str, answers: list[dict], unseen: list[dict], model: CLaRa) -> str:
     """README.md of the shipped checkpoint."""
     results, right = Results(record), sum(line["right"] for line in answers)
@@ -139,6 +176,8 @@ to 55 tokens, as those of the questions above are, has a vector for every one or
     adapters, asks = "Two", ""
     if model.has_query_reasoner:
         adapters, asks = "Three", ASKS
+        if runs[-1][1]["stage"] == "stage2_pretrain_retrieval":
+            limits += LABELLED
     else:
         limits += NO_REASONER
     if right < WANTED:
@@ -195,6 +234,7 @@ The base model is Apache-2.0. None of the data is in the evaluation sets.
 These ten were looked at between runs. Of ten others, which no checkpoint had been asked before
 (`--questions {UNSEEN}`), {right_unseen} were right.
 
+{searched(record, name) if model.has_query_reasoner else ""}
 {evaluated(results, [run for run, _ in runs])}
 docs/REPRODUCTION.md has the runs.
 
@@ -210,7 +250,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=Path("results/reproduction_cpu"))
-    parser.add_argument("--name", default="stage1_2_rate4", help="training run whose checkpoint is shipped")
+    parser.add_argument("--name", default="retrieval_rate4", help="training run whose checkpoint is shipped")
     parser.add_argument("--record", type=Path, default=Path("docs/reproduction/cpu"), help="written with the page")
     parser.add_argument("--out", type=Path, default=Path("example/checkpoint"))
     args = parser.parse_args()
@@ -227,6 +267,9 @@ def main() -> None:
     subprocess.run([*ask, str(others), "--questions", UNSEEN], check=True)
     if model.has_query_reasoner:
         subprocess.run([*ask, str(fresh.with_name("shipped_selecting.json")), "--select", "1"], check=True)
+        selected = fresh.with_name("shipped_unseen_selecting.json")
+        subprocess.run([*ask, str(selected), "--questions", UNSEEN, "--select", "1"], check=True)
+        write_whole(args.out / CARRIED, RAG_SETTINGS)
     answers, unseen = (json.loads(path.read_text(encoding="utf-8"))["answers"] for path in (fresh, others))
     write_whole(args.out / "README.md", card(args.record, args.name, answers, unseen, model))
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())

@@ -85,7 +85,7 @@ def test_every_command_of_the_plan_has_flags_that_its_program_takes(data, base_d
             given = compress_corpus.parse(given)
             stores.append(str(given.output))
         else:
-            assert step.name.startswith("fresh questions")
+            assert step.name.startswith(("fresh questions", "held-out questions"))
         stored = getattr(config, "document_store", None) if program != "openrlhf.cli.compress_corpus" else None
         assert stored is None or stored in stores
     assert "text_rag" in trained and "stage2_rate4" in trained and bool(stores) == (part == "cpu")
@@ -332,6 +332,14 @@ def test_a_part_run_on_two_machines_is_one_page(data, mistral, tmp_path):
     assert "warm_up_rate4" not in plan_of["a"] and "warm_up_rate4" not in plan_of["b"] and "text_rag" in plan_of["b"]
     kept = "".join(path.read_text(encoding="utf-8") for path in (out.parent / "reproduction").rglob("*.json"))
     assert "…/warm_up.jsonl" in kept and str(tmp_path) not in kept
+
+
+def test_answers_over_held_out_passages_are_on_the_page(tmp_path):
+    assert report.held_out(tmp_path) == "Not run.\n"
+    (tmp_path / "held_out").mkdir()
+    facts = {"questions": {"64": 5, "96": 4}, "right": {"given, whole": {"64": 3, "96": 1}}}
+    (tmp_path / "held_out" / "retrieval_rate4.json").write_text(json.dumps(facts))
+    assert "| given, whole | 3 of 5 | 1 of 4 |" in report.held_out(tmp_path)
 
 
 def test_no_page_is_written_from_nothing(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from openrlhf.cli import rag
+
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "example" / "checkpoint"
 BASE = ROOT / ".models" / "SmolLM2-135M-Instruct"
@@ -33,7 +35,7 @@ def test_its_tensors_are_those_of_its_config_in_bfloat16_and_at_most_32_mb():
     assert all(bool(tensor.isfinite().all()) for tensor in shipped.values())
     rows = next(tensor for name, tensor in shipped.items() if name.endswith("embed_tokens"))
     assert len(rows) == config["doc_max_length"] // config["compr_rate"] + 3
-    for adapter in ("encoder_adapter", "decoder_adapter"):
+    for adapter in ("encoder_adapter", "query_reasoner_adapter", "decoder_adapter"):
         ranks = {min(t.shape) for name, t in shipped.items() if name.startswith(adapter)}
         assert ranks == {config["lora_r"]} and config["lora_r"] <= 16
         assert any(bool(t.any()) for name, t in shipped.items() if name.startswith(adapter) and "lora_B" in name)
@@ -82,6 +84,22 @@ def test_automodel_loads_it_and_its_vectors_say_what_was_in_the_document():
 @pytest.mark.skipif(not BASE.is_dir(), reason="python scripts/get_base_model.py makes the base model")
 def test_it_answers_at_least_seven_of_ten_fresh_questions_unless_its_card_says_that_it_is_unfinished():
     ask = [sys.executable, "scripts/ask_fresh.py", "--checkpoint", str(CHECKPOINT)]
-    run = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=True)
-    right = int(run.stdout.splitlines()[-1].split(" of 10 right")[0])
-    assert right >= 7 or "not a model that works" in (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    for more in ([], ["--select", "1"]):
+        run = subprocess.run([*ask, *more], cwd=ROOT, capture_output=True, text=True, check=True)
+        right = int(run.stdout.splitlines()[-1].split(" of 10 right")[0])
+        assert right >= 7 or "not a model that works" in (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+        found = [line for line in run.stdout.splitlines() if "documents found" in line]
+        assert len(found) == bool(more) and all(int(line.split(" of 10")[0]) >= 9 for line in found)
+
+
+@pytest.mark.skipif(not BASE.is_dir(), reason="python scripts/get_base_model.py makes the base model")
+def test_a_folder_is_asked_with_it_as_the_readme_says(tmp_path, capsys):
+    library = tmp_path / "library"
+    library.mkdir()
+    rows = (ROOT / "scripts" / "fresh_questions.jsonl").read_text(encoding="utf-8").splitlines()
+    for number, row in enumerate(map(json.loads, rows)):
+        (library / f"{number}.txt").write_text("\n\n".join(row["docs"]), encoding="utf-8")
+    asked = json.loads(rows[0])
+    rag.main([asked["question"], "--documents", str(library), "--store", str(tmp_path / "store")])
+    answer, *sources = capsys.readouterr().out.strip().splitlines()
+    assert asked["golden_answers"][0] in answer and "[1] 0.txt" in "\n".join(sources) and "[2]" not in "".join(sources)

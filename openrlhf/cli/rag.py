@@ -17,7 +17,7 @@ from openrlhf.retrieval.corpus import Corpus
 from openrlhf.retrieval.layout import HEADER_FILE
 from openrlhf.utils.checkpoints import inspect_checkpoint
 
-DEFAULT_MODEL = "checkpoints/quickstart/stage2"
+DEFAULT_MODEL = "example/checkpoint"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +55,7 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None]:
     args.model = args.model or config.compression.model or DEFAULT_MODEL
     if not Path(args.model).is_dir() and args.model == DEFAULT_MODEL:
         raise FileNotFoundError(
-            f"no model: {DEFAULT_MODEL} is not there (`bash scripts/quickstart.sh` trains it); give --model"
+            f"no model: {DEFAULT_MODEL} is not in this directory; go to the project's, or give --model"
         )
     root, saved, _ = inspect_checkpoint(args.model, args.model_path)
     if config.compression.enabled and not saved.training_stage.startswith("stage2"):

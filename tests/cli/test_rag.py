@@ -97,7 +97,7 @@ def test_a_checkpoint_is_asked_with_the_settings_it_carries(checkpoint, folder, 
     [
         ({"--documents": "nowhere"}, "nowhere does not exist"),
         ({"--model": "nowhere"}, "nowhere"),
-        ({"--model": None}, "scripts/quickstart.sh"),
+        ({"--model": None}, "example/checkpoint is not in this directory"),
         ({"--min_score": "7"}, "between -1 and 1"),
         ({"--top_k": "0"}, "reranking.top_k must be positive"),
         ({"--config": "nowhere.yaml"}, "nowhere.yaml"),
