@@ -10,13 +10,23 @@ _BORDERS = (r"\n\s*\n", r"\n", r"(?<=[.!?…])[\"'”’)]*\s+|(?<=[。！？])"
 
 def passages(text: str, limit: int, count: Callable[[str], int]) -> list[str]:
     """Cuts a text into passages of at most `limit` tokens, each as long as it can be up to the end of a paragraph;
-    inside a paragraph that is too long itself at lines, sentences, words and, at last, characters. Nothing is lost but
-    the space around the cuts."""
-    parts = _cut(text, lambda part: count(part.strip()) <= limit, _BORDERS)
+    inside a paragraph that is too long itself at lines, sentences, words and, at last, characters. What is shorter
+    than a quarter of a passage, as a heading is, goes with the beginning of what follows. Nothing is lost but the space
+    around the cuts."""
+
+    def fits(part: str) -> bool:
+        return count(part.strip()) <= limit
+
+    def is_short(part: str) -> bool:
+        return 4 * count(part.strip()) < limit
+
+    parts = _cut(text, fits, is_short, _BORDERS)
     return [part.strip() for part in parts if part.strip()]
 
 
-def _cut(text: str, fits: Callable[[str], bool], borders: tuple[str, ...]) -> list[str]:
+def _cut(
+    text: str, fits: Callable[[str], bool], is_short: Callable[[str], bool], borders: tuple[str, ...]
+) -> list[str]:
     """Parts that fit and together are the text."""
     if fits(text) or len(text) == 1:
         return [text]
@@ -27,10 +37,14 @@ def _cut(text: str, fits: Callable[[str], bool], borders: tuple[str, ...]) -> li
     while start < len(pieces):
         n = _longest(pieces, start, fits)
         if n:
-            parts.append("".join(pieces[start : start + n]))
+            whole = "".join(pieces[start : start + n])
             start += n
+            if start < len(pieces) and len(borders) > 1 and is_short(whole):
+                pieces[start] = whole + pieces[start]  # fits no more, and is cut at the next border
+            else:
+                parts.append(whole)
             continue
-        *full, rest = _cut(pieces[start], fits, borders[1:])
+        *full, rest = _cut(pieces[start], fits, is_short, borders[1:])
         parts += full
         # What is left of a long piece goes on with the next one.
         pieces[start] = rest

@@ -147,6 +147,14 @@ def test_passages_end_at_the_best_border_that_keeps_them_long():
     assert passages("short", 100, words) == ["short"] and passages(" \n", 5, words) == []
 
 
+def test_a_heading_is_no_passage_of_its_own_but_begins_one():
+    sentences = "One two three four five. Six seven eight nine ten."
+    text = f"A heading\n\n{sentences} {sentences}"
+    assert passages(text, 12, words) == [f"A heading\n\n{sentences}", sentences]
+    assert passages(text.replace("\n\n", "\n"), 12, words) == [f"A heading\n{sentences}", sentences]
+    assert passages(f"Three words here\n\n{sentences} {sentences}", 12, words)[0] == "Three words here", "a quarter"
+
+
 @pytest.mark.parametrize("limit", [1, 3, 7, 40])
 def test_nothing_is_lost_in_cutting_and_no_passage_is_too_long(limit):
     def count(text: str) -> int:  # several tokens a word, as tokenizers have them
