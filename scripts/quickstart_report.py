@@ -27,10 +27,10 @@ where things are
 This was {steps} steps of a few records: enough to see the losses fall and every part work, far too little
 for a good model; recall may go either way. To measure it beside BM25 and the base model reading the text:
   CHECKPOINT={root}/stage2 bash scripts/evaluation_end_to_end.sh
-To ask documents of your own, with their sources (the answers are as good as the training was long):
-  .venv/bin/python -m openrlhf.cli.rag --model {root}/stage2 --documents YOUR_FOLDER "YOUR QUESTION"
+To ask documents of your own, with their sources, the model of example/checkpoint (yours: --model {root}/stage2):
+  .venv/bin/python -m openrlhf.cli.rag --documents YOUR_FOLDER "YOUR QUESTION"
 or in the browser, at the address that it prints (pip install fastapi uvicorn python-multipart first):
-  .venv/bin/python -m openrlhf.cli.serve --model {root}/stage2 --documents YOUR_FOLDER
+  .venv/bin/python -m openrlhf.cli.serve --documents YOUR_FOLDER
 For a model to use, train on your data, on GPUs:
   MODEL_PATH=mistralai/Mistral-7B-Instruct-v0.2 DATA_PATH=YOUR_DATA bash scripts/train_pretraining.sh
 then scripts/train_instruction_tuning.sh and scripts/train_stage_end_to_end.sh (docs/TRAINING_GUIDE.md)."""
