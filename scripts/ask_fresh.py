@@ -41,6 +41,10 @@ def main() -> None:
     args = parser.parse_args()
     if not Path(args.checkpoint, "config.json").is_file():
         parser.error(f"{args.checkpoint} holds no checkpoint")
+    if args.select is not None and args.select < 1:
+        parser.error(f"--select must be at least 1, got {args.select}")
+    if args.select and not Path(args.checkpoint, "query_reasoner_adapter").is_dir():
+        parser.error(f"--select needs a query reasoner, and {args.checkpoint} has none: give a stage2 checkpoint")
     rows = [json.loads(line) for line in args.questions.read_text(encoding="utf-8").splitlines()]
     options: dict = {"decoder_model_name": args.model_path} if args.model_path else {}
     if args.select:

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ask_fresh import is_right
 
+from evaluation.metrics import cover_exact_match_score
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.retrieval.compress import compressed_text
 from openrlhf.retrieval.corpus import cut
 from openrlhf.retrieval.store import Document
+from openrlhf.utils.checkpoints import inspect_checkpoint
 from openrlhf.utils.logging import write_whole
 
 LENGTHS = (64, 96, 128)
-TOGETHER = 32
 NEW_TOKENS = 32
 
 
@@ -48,26 +48,17 @@ def pieces(passage: str, limit: int, count) -> list[str]:
     return [compressed_text(piece) for piece in cut(Document("", text, title), limit, count)]
 
 
-def answers(model: CLaRa, questions: list[str], vectors: torch.Tensor | None, prompts: list | None = None) -> list[str]:
-    """Greedy answers, each from one document's vectors `[B, L, D]`, or to prompts of the base model."""
-    said: list[str] = []
-    for start in range(0, len(questions), TOGETHER):
-        part = slice(start, start + TOGETHER)
-        if vectors is None:
-            said += model.generate_from_prompts(prompts[part], None, NEW_TOKENS, None)  # type: ignore[index]
-        else:
-            read = vectors[part]
-            said += model.generate_from_compressed_documents_and_questions(questions[part], read, NEW_TOKENS)
-    return said
-
-
 def ask(model: CLaRa, asked: list[dict], limit: int) -> dict[str, list[bool]]:
     """Whether the answers of each way are right, and the documents found: one truth value a question."""
 
     def count(text: str) -> int:
         return len(model.tokens.plain_ids([text])[0])
 
-    questions, gold = [a["question"] for a in asked], [a["gold"] for a in asked]
+    def are_right(said: list[str]) -> list[bool]:
+        pairs = zip(said, asked, strict=True)
+        return [cover_exact_match_score(answer, a["gold"]) for answer, a in pairs]
+
+    questions = [a["question"] for a in asked]
     query_BE = model.encode_queries(questions).float()
     found: dict[str, list[bool]] = {}
     for how, longest in (("whole", model.config.doc_max_length), (f"cut at {limit} tokens", limit)):
@@ -78,10 +69,10 @@ def ask(model: CLaRa, asked: list[dict], limit: int) -> dict[str, list[bool]]:
         best, given = scores_BN.argmax(1), scores_BN.cpu().masked_fill(~own_BN, -2).argmax(1)
         found[f"passage found, {how}"] = [parts[n][0] == i for i, n in enumerate(best.tolist())]
         for name, chosen in (("given", given), ("found", best)):
-            said = answers(model, questions, docs_NLD[chosen])
-            found[f"answer from it {name}, {how}"] = list(map(is_right, said, gold))
+            said = model.generate_from_compressed_documents_and_questions(questions, docs_NLD[chosen], NEW_TOKENS)
+            found[f"answer from it {name}, {how}"] = are_right(said)
     prompts = [model.text_prompt(a["question"], [a["passage"]]) for a in asked]
-    found["base model reads the text"] = list(map(is_right, answers(model, questions, None, prompts), gold))
+    found["base model reads the text"] = are_right(model.generate_from_prompts(prompts, None, NEW_TOKENS, None))
     return found
 
 
@@ -96,6 +87,14 @@ def main() -> None:
     args = parser.parse_args()
     if not args.data.is_file():
         parser.error(f"--data {args.data} does not exist")
+    if args.passage_tokens < 1 or args.questions < 1:
+        parser.error("--passage_tokens and --questions must be at least 1")
+    try:
+        root, saved, _ = inspect_checkpoint(args.checkpoint, None)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not saved.training_stage.startswith("stage2"):
+        parser.error(f"{root} is a {saved.training_stage} checkpoint: one with a query reasoner is needed to search")
     model = CLaRa.from_pretrained(args.checkpoint)
     if torch.cuda.is_available():
         model = model.to("cuda")  # type: ignore[assignment]
@@ -108,7 +107,7 @@ def main() -> None:
                 {
                     "longest": longest,
                     "question": record["question"][n],
-                    "gold": [record["answers"][n]],
+                    "gold": record["answers"][n],
                     "passage": record["docs"][0],
                 }
             )

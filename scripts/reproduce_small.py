@@ -164,19 +164,20 @@ class Plan:
 
     def stage2(self, second: str, rate: int, questions: list[Path], baselines: bool) -> list[str]:
         """Stage 2 from the answers alone and, with `part.retrieval`, from a query reasoner that was trained on labels
-        first; each measured, beside a copy of the compressor. Names of what answers."""
+        first; each measured, beside a copy of the compressor. That reasoner, or else stage 2, is asked questions over
+        held-out passages. Names of what answers."""
         part, at = self.part, f"rate{rate}"
         stored = self.compress(second) if part.corpus else []
         trained = [self.train(f"stage2_{at}", "stage2", rate, questions, part.stage2, second, *stored)]
         self.evaluate(second, "end_to_end", baselines, "--copy_compressor", "--no_answers", *stored)
+        asked = trained[0]
         if part.retrieval:
             labelled = ("stage2_pretrain_retrieval", rate, questions, part.retrieval, second)
-            start = self.train(f"retrieval_{at}", *labelled, *stored)
-            self.evaluate(start, "end_to_end", False, "--no_answers", *stored)
-            trained.append(self.train(f"stage2_warm_{at}", "stage2", rate, questions, part.stage2, start, *stored))
+            asked = self.train(f"retrieval_{at}", *labelled, *stored)
+            self.evaluate(asked, "end_to_end", False, "--no_answers", *stored)
+            trained.append(self.train(f"stage2_warm_{at}", "stage2", rate, questions, part.stage2, asked, *stored))
         for name in trained:
             self.evaluate(name, "end_to_end", baselines and not part.corpus, *stored)
-        asked = start if part.retrieval else trained[0]
         answers = self.work / "held_out" / f"{asked}.json"
         command = [sys.executable, "scripts/ask_held_out.py", "--checkpoint", str(self.work / "checkpoints" / asked)]
         command += ["--data", str(self.args.data / HELD_OUT), "--out", str(answers)]

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from evaluation import evaluate
 from openrlhf.cli import compress_corpus, train_sft
 from openrlhf.datasets.records import load_records
+from tests.tiny import new_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -340,6 +341,25 @@ def test_answers_over_held_out_passages_are_on_the_page(tmp_path):
     facts = {"questions": {"64": 5, "96": 4}, "right": {"given, whole": {"64": 3, "96": 1}}}
     (tmp_path / "held_out" / "retrieval_rate4.json").write_text(json.dumps(facts))
     assert "| given, whole | 3 of 5 | 1 of 4 |" in report.held_out(tmp_path)
+
+
+def test_held_out_questions_are_asked_as_one_at_a_time_is_and_not_without_a_search(mistral, tmp_path):
+    ask = module("ask_held_out")
+    model = new_model(mistral, doc_max_length=32, compr_rate=8)
+    texts = [f"Title {n}\n{text}" for n, text in enumerate(("The lamp was lit. It burns.", "Bread is made from rye."))]
+    asked = [{"question": f"Who {n}?", "gold": "rye", "passage": text} for n, text in enumerate(texts)]
+    assert ask.pieces(texts[0], 32, lambda text: len(text.split())) == [texts[0]]
+    assert ask.pieces(texts[0], 6, lambda text: len(text.split()))[1].startswith("Title 0\n")
+    right = ask.ask(model, asked, 8)
+    said = [model.generate_from_text([a["question"]], [[a["passage"]]], ask.NEW_TOKENS)[0] for a in asked]
+    assert right["answer from it given, whole"] == [ask.cover_exact_match_score(answer, "rye") for answer in said]
+    assert len(right) == 7 and all(len(oks) == 2 for oks in right.values())
+    new_model(mistral, query=False).save_pretrained(tmp_path / "early")
+    refused = subprocess.run(
+        [sys.executable, "scripts/ask_held_out.py", "--checkpoint", str(tmp_path / "early"), "--data", "README.md"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "query reasoner is needed" in refused.stderr
 
 
 def test_no_page_is_written_from_nothing(tmp_path):

@@ -7,12 +7,14 @@ from collections.abc import Callable
 # Where a long text may be cut, from the best place to the last resort; the last cuts between any two characters.
 _BORDERS = (r"\n\s*\n", r"\n", r"(?<=[.!?…])[\"'”’)]*\s+|(?<=[。！？])", r"\s+", "")
 
+_OF_LINES = _BORDERS[:2]
+
 
 def passages(text: str, limit: int, count: Callable[[str], int]) -> list[str]:
     """Cuts a text into passages of at most `limit` tokens, each as long as it can be up to the end of a paragraph;
-    inside a paragraph that is too long itself at lines, sentences, words and, at last, characters. What is shorter
-    than a quarter of a passage, as a heading is, goes with the beginning of what follows. Nothing is lost but the space
-    around the cuts."""
+    inside a paragraph that is too long itself at lines, sentences, words and, at last, characters. Lines
+    shorter than a quarter of a passage, as a heading is, go with the beginning of what follows. Nothing is lost but the
+    space around the cuts."""
 
     def fits(part: str) -> bool:
         return count(part.strip()) <= limit
@@ -39,7 +41,7 @@ def _cut(
         if n:
             whole = "".join(pieces[start : start + n])
             start += n
-            if start < len(pieces) and len(borders) > 1 and is_short(whole):
+            if start < len(pieces) and borders[0] in _OF_LINES and is_short(whole):
                 pieces[start] = whole + pieces[start]  # fits no more, and is cut at the next border
             else:
                 parts.append(whole)

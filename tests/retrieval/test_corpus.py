@@ -153,6 +153,8 @@ def test_a_heading_is_no_passage_of_its_own_but_begins_one():
     assert passages(text, 12, words) == [f"A heading\n\n{sentences}", sentences]
     assert passages(text.replace("\n\n", "\n"), 12, words) == [f"A heading\n{sentences}", sentences]
     assert passages(f"Three words here\n\n{sentences} {sentences}", 12, words)[0] == "Three words here", "a quarter"
+    assert passages(f"A line\n{'Long ' * 11}sentence.", 12, words)[0] == "A line\n" + "Long " * 9 + "Long"
+    assert passages(f"So be it. {'long ' * 14}end. No.", 16, words) == ["So be it.", f"{'long ' * 14}end. No."]
 
 
 @pytest.mark.parametrize("limit", [1, 3, 7, 40])
