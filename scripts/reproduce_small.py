@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from reproduction_data import HELD_OUT, LONGEST_OPENING, TRAIN_FILES, prepare
-from reproduction_parts import PARTS, Run
+from reproduction_parts import FULL, PARTS, Again, Further, Run
 
 from openrlhf.utils.logging import write_whole
 
@@ -131,11 +131,7 @@ class Plan:
             )  # fmt: skip
             trained, said_again, kept_on = first, [first], ()
             for which, more in part.further.items():
-                mixed = [self.data / file for file in more.files(which).values()]
-                trained = self.train(
-                    f"stage1_{which}_{at}", "stage1", rate, mixed, more.run,
-                    trained, "--dataset_probs", more.shares, "--mse_loss", *named, *more.flags,
-                )  # fmt: skip
+                trained = self.further(which, more, rate, trained)
                 said_again.append(trained)
                 kept_on = more.flags
             second = self.train(
@@ -155,18 +151,40 @@ class Plan:
                 self.evaluate(name, "pretraining", False)
             self.evaluate(trained, "instruction_tuning", False)
             self.evaluate(second, "instruction_tuning", baselines)
-            selecting = self.stage2(second, rate, questions[1:], baselines)
-            for name in dict.fromkeys((first, trained, second, *selecting)):
+            answering = [first, trained, second, *self.stage2(second, at, rate, questions[1:], baselines)]
+            if part.again:
+                second = self.again(part.again, rate, second)
+                answering += [second, *self.stage2(second, f"{FULL}_{at}", rate, questions[1:], False)]
+            for name in dict.fromkeys(answering):
                 answers = self.work / "fresh" / f"{name}.json"
                 command = [sys.executable, "scripts/ask_fresh.py"]
                 command += ["--checkpoint", str(self.work / "checkpoints" / name), "--out", str(answers)]
                 self.steps.append(Step(f"fresh questions {name}", command, answers))
 
-    def stage2(self, second: str, rate: int, questions: list[Path], baselines: bool) -> list[str]:
+    def further(self, which: str, more: Further, rate: int, start: str) -> str:
+        """A run with which stage 1 goes on."""
+        mixed = [self.data / file for file in more.files(which).values()]
+        return self.train(
+            f"stage1_{which}_rate{rate}", "stage1", rate, mixed, more.run,
+            start, "--dataset_probs", more.shares, "--mse_loss", "--span_loss_weight", "1", *more.flags,
+        )  # fmt: skip
+
+    def again(self, more: Again, rate: int, start: str) -> str:
+        """Stage 1 and stage 1_2 once more, over texts that fill a document, each measured; name of the latter."""
+        first = self.further(FULL, more.stage1, rate, start)
+        second = self.train(
+            f"stage1_2_{FULL}_rate{rate}", "stage1_2", rate, [self.data / f"instruction_{FULL}.jsonl"], more.stage1_2,
+            first, "--mse_loss", "--span_loss_weight", "1", *more.stage1.flags,
+        )  # fmt: skip
+        self.evaluate(first, "pretraining", False)
+        self.evaluate(second, "instruction_tuning", False)
+        return second
+
+    def stage2(self, second: str, at: str, rate: int, questions: list[Path], baselines: bool) -> list[str]:
         """Stage 2 from the answers alone and, with `part.retrieval`, from a query reasoner that was trained on labels
         first; each measured, beside a copy of the compressor. That reasoner, or else stage 2, is asked questions over
         held-out passages. Names of what answers."""
-        part, at = self.part, f"rate{rate}"
+        part = self.part
         stored = self.compress(second) if part.corpus else []
         trained = [self.train(f"stage2_{at}", "stage2", rate, questions, part.stage2, second, *stored)]
         self.evaluate(second, "end_to_end", baselines, "--copy_compressor", "--no_answers", *stored)

@@ -19,6 +19,7 @@ HELD_OUT = "train/stage1_val.jsonl"
 POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
 LONGEST_WORDS = 64
+FULL = 48, 124  # tokens of texts that fill a document
 ASKED = 6  # questions of a set about words that follow
 CANDIDATES = 20
 
@@ -40,17 +41,16 @@ def body(passage: str) -> str:
     return passage.split("\n", 1)[-1]
 
 
-def openings(passages: list[str], tokenizer: Any) -> list[str]:
-    """The first tokens of each passage's body, in an order drawn with a fixed seed; many short ones and few long ones
-    (the logarithm of the length is uniform)."""
+def openings(passages: list[str], tokenizer: Any, full: bool = False) -> list[str]:
+    """The first tokens of each passage's body, in an order drawn with a fixed seed."""
     rng = random.Random(0)
     passages = list(passages)
     rng.shuffle(passages)
     bodies = list(map(body, passages))
-    return cut(bodies, [length(rng, LONGEST_OPENING) for _ in bodies], tokenizer)
+    return cut(bodies, [length(rng, LONGEST_OPENING, full) for _ in bodies], tokenizer)
 
 
-def words(passages: list[str], tokenizer: Any) -> list[dict]:
+def words(passages: list[str], tokenizer: Any, full: bool = False) -> list[dict]:
     """Words of each passage's body in no order, cut as openings are, to be said again. Of a text one can guess most
     words from those before them; these one has to read."""
     rng = random.Random(1)
@@ -59,12 +59,14 @@ def words(passages: list[str], tokenizer: Any) -> list[dict]:
         drawn = body(passage).split()
         rng.shuffle(drawn)
         texts.append(" ".join(drawn))
-        lengths.append(length(rng, LONGEST_WORDS))
+        lengths.append(length(rng, LONGEST_WORDS, full))
     return list(map(again, cut(texts, lengths, tokenizer)))
 
 
-def length(rng: random.Random, longest: int) -> int:
-    """Tokens of a text to be said again."""
+def length(rng: random.Random, longest: int, full: bool) -> int:
+    """Tokens of a text to be said again: many short ones and few long ones (the logarithm is uniform), or `full`."""
+    if full:
+        return rng.randint(*FULL)
     return round(SHORTEST_OPENING * (longest / SHORTEST_OPENING) ** rng.random())
 
 
@@ -93,7 +95,7 @@ def single(record: dict) -> dict:
     }
 
 
-def follow_sets(passages: list[str], tokenizer: Any) -> list[dict]:
+def follow_sets(passages: list[str], tokenizer: Any, full: bool = False) -> list[dict]:
     """Sets of questions over one text which two to six words follow four of its words, as stage 1 has sets. They need
     no labels. In every second text the words are in no order, so that the answers cannot be guessed from the words
     before them."""
@@ -104,7 +106,7 @@ def follow_sets(passages: list[str], tokenizer: Any) -> list[dict]:
             rng.shuffle(drawn)
         texts.append(" ".join(drawn))
     found = []
-    for text in cut(texts, [length(rng, LONGEST_WORDS) for _ in texts], tokenizer):
+    for text in cut(texts, [length(rng, LONGEST_WORDS, full) for _ in texts], tokenizer):
         drawn = text.split()[:-1]  # the last may be cut
         places = range(4, len(drawn) - 2)
         if not places:
@@ -159,7 +161,9 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     first. warm_up.jsonl says the openings of passages again, word by word. For each further run of stage 1,
     stage1_RUN.jsonl and openings_RUN.jsonl (turned round, too) go on behind what was used of them, or stage1_RUN.jsonl
     has the passages that are not short; words.jsonl has words in no order, follow.jsonl sets of questions which words
-    follow, and words_RUN.jsonl and follow_RUN.jsonl go on behind what was used of these.
+    follow, and words_RUN.jsonl and follow_RUN.jsonl go on behind what was used of these. For `part.again`,
+    openings_full.jsonl, words_full.jsonl and follow_full.jsonl are of the passages that stage1.jsonl leaves out, and
+    fill a document; instruction_full.jsonl is as instruction.jsonl, over all passages of stage1.jsonl.
     instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl has the
     questions of the end-to-end file and the other training questions of the pool, with their passages written out, or,
     with `part.corpus`, those of them that can be asked over the candidates of the first so many; corpus.jsonl then has
@@ -197,12 +201,23 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
         for kind, name in more.files(which).items():
             if not (target / name).is_file():
                 write_rows(target / name, left_for(more, kind, target))
-    if not (target / "instruction.jsonl").is_file():
-        records = list(rows(data / TRAIN_FILES[1]))
-        questions = [single(row) for row in rows(target / "stage1_short.jsonl") if row["data_type"] == "qa"]
-        n = min(len(records), len(questions) // part.single)
-        write_rows(target / "instruction.jsonl", shuffled(shuffled(records)[:n] + questions[: n * part.single]))
-    if not (target / "e2e.jsonl").is_file():
+    if part.again and not (target / "openings_full.jsonl").is_file():
+        short = {record["docs"][0] for record in rows(target / "stage1.jsonl")}
+        passages = [record["docs"][0] for record in rows(first) if record["docs"][0] not in short]
+        write_rows(target / "stage1_full.jsonl", left_for(part.again.stage1, "stage1", target))
+        write_rows(target / "words_full.jsonl", words(passages, tokenizer, full=True))
+        write_rows(target / "follow_full.jsonl", follow_sets(passages, tokenizer, full=True))
+        write_rows(target / "openings_full.jsonl", list(map(again, openings(passages, tokenizer, full=True))))
+    mixes = {"instruction": ("stage1_short", part.single)}
+    if part.again:
+        mixes["instruction_full"] = ("stage1", part.again.single)
+    for name, (source, per_record) in mixes.items():
+        if not (target / f"{name}.jsonl").is_file():
+            records = list(rows(data / TRAIN_FILES[1]))
+            questions = [single(row) for row in rows(target / f"{source}.jsonl") if row["data_type"] == "qa"]
+            n = min(len(records), len(questions) // per_record)
+            write_rows(target / f"{name}.jsonl", shuffled(shuffled(records)[:n] + questions[: n * per_record]))
+    if not all((target / name).is_file() for name in ("e2e.jsonl", *(["corpus.jsonl"] if part.corpus else []))):
         records = list(rows(data / TRAIN_FILES[2]))
         if (data / POOL).is_file():
             asked = {record["question"] for record in records}

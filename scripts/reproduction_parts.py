@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+FULL = "full"  # the run over texts that fill a document
 DECAY, NO_DROPOUT = ("--span_decay", "0.5"), ("--lora_dropout", "0")
 
 
@@ -19,7 +20,8 @@ class Run:
 class Further:
     """A run with which stage 1 goes on. `shares` are of QA sets, of openings, of words in no order and of sets of
     questions which words follow, as many as there are. The first `passages` and `openings`, and of both the others
-    the first `made`, were used before it; `long` takes passages that are not short."""
+    the first `made`, were used before it; `long` takes passages that are not short. The run FULL has openings, words
+    and questions of its own."""
 
     run: Run
     shares: str
@@ -31,9 +33,19 @@ class Further:
 
     def files(self, which: str) -> dict[str, str]:
         """Names of its data by kind, as many as it has shares."""
-        own = f"_{which}" if self.made else ""
+        own = f"_{which}" if self.made or which == FULL else ""
         names = {"stage1": f"_{which}", "openings": f"_{which}", "words": own, "follow": own}
         return {kind: f"{kind}{names[kind]}.jsonl" for kind in list(names)[: len(self.shares.split(","))]}
+
+
+@dataclass(frozen=True)
+class Again:
+    """Stage 1 and stage 1_2 once more, over texts that fill a document, with `single` questions over one passage for
+    each over several."""
+
+    stage1: Further
+    stage1_2: Run
+    single: int
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,8 @@ class Part:
     """How much is run; documents longer than `doc_max_length` are left out of stage 1, and cut elsewhere. For each
     question over several documents, stage 1_2 has `single` over one, a passage of at most `short` tokens. Stage 1 goes
     on with the runs of `further`, over such passages or longer ones. Stage 2 asks over the candidates of `corpus`
-    questions (0: each over its own), and is also started from a query reasoner that `retrieval` trained on labels."""
+    questions (0: each over its own), and is also started from a query reasoner that `retrieval` trained on labels.
+    `again` goes on from stage 1_2, and stage 2 is run from there too."""
 
     doc_max_length: int
     single: int
@@ -54,6 +67,7 @@ class Part:
     text_rag: Run
     ablation: Run | None
     further: dict[str, Further]
+    again: Again | None
     short: int
     corpus: int
     questions: int | None
@@ -73,6 +87,7 @@ PARTS = {
         text_rag=Run(23478, 32, 2e-4, 1),
         ablation=Run(5000, 64, 5e-4, 1),
         further={},
+        again=None,
         short=256,
         corpus=0,
         questions=None,
@@ -98,6 +113,13 @@ PARTS = {
                 Run(1600, 4, 8e-4), "0.4,0.1,0.25,0.25", 1000, 5000, (*DECAY, *NO_DROPOUT, "--even_spans"), True, 2500
             ),
         },
+        again=Again(
+            Further(
+                Run(1920, 4, 8e-4), "0.25,0.2,0.35,0.2", 1640, flags=(*DECAY, *NO_DROPOUT, "--even_spans"), long=True
+            ),
+            Run(800, 4, 5e-4),
+            single=9,
+        ),
         short=80,
         corpus=400,
         questions=25,

@@ -116,7 +116,10 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     cpu = parts.PARTS["cpu"]
     even = dataclasses.replace(cpu.further["even"], passages=1, openings=2, made=3)
     further = {**cpu.further, "even": even}
-    part = dataclasses.replace(cpu, doc_max_length=longest, short=short, single=2, further=further, corpus=0)
+    again = dataclasses.replace(cpu.again, stage1=dataclasses.replace(cpu.again.stage1, passages=1), single=2)
+    part = dataclasses.replace(
+        cpu, doc_max_length=longest, short=short, single=2, further=further, again=again, corpus=0
+    )
     prepared.prepare(data, target, str(mistral), part)
     assert len(load_records(str(target / "e2e.jsonl"), "stage2")) == 31, (
         "30 of the file and one of the pool that is new and for training"
@@ -142,6 +145,22 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
         row for row in prepared.rows(target / "stage1.jsonl") if row["docs"][0] not in {r["docs"][0] for r in shorter}
     ]
     assert left["stage1_even.jsonl"] == longer[::-1][1:] != []
+    full = {kind: list(prepared.rows(target / name)) for kind, name in again.stage1.files(parts.FULL).items()}
+    assert full.pop("stage1") == longer[::-1][1:]
+    everything = load_records(str(data / "train" / "stage1_train.jsonl"), "stage1")
+    fitting = {row["docs"][0] for row in load_records(str(target / "stage1.jsonl"), "stage1")}
+    bodies = [row["docs"][0].split("\n", 1)[-1] for row in everything if row["docs"][0] not in fitting]
+    shortest, most = prepared.FULL
+    for kind, rows in full.items():
+        sizes = [len(tokenizer(row["docs"][0], add_special_tokens=False).input_ids) for row in rows]
+        assert len(rows) == len(bodies) and shortest - 3 <= min(sizes) < max(sizes) <= most + 3, kind
+        for row in rows:
+            drawn = Counter(row["docs"][0].split()[:-1])
+            assert any(not drawn - Counter(body.split()) for body in bodies), kind
+    over_all = list(load_records(str(target / "instruction_full.jsonl"), "stage1_2"))
+    single = {row["docs"][0] for row in over_all if len(row["docs"]) == 1}
+    assert single <= fitting and single & {row["docs"][0] for row in longer}
+    assert sum(len(row["docs"]) == 1 for row in over_all) == 2 * sum(len(row["docs"]) > 1 for row in over_all)
     sets = list(load_records(str(target / "follow.jsonl"), "stage1"))
     assert len(sets) > sum(n <= longest for n in lengths) // 3 and any(
         len(row["question"]) == prepared.ASKED for row in sets

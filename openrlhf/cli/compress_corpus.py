@@ -40,7 +40,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ray", action="store_true", help="compress on a Ray cluster (RAY_ADDRESS, or this machine)")
     parser.add_argument("--ray_workers", type=int, help="models on the cluster (default: its GPUs, or 1)")
     parser.add_argument(
-        "--passage_tokens", type=int, help="of a passage that files are cut into (default: doc_max_length)"
+        "--passage_tokens",
+        type=int,
+        help="of a passage that files are cut into (default: doc_max_length), and lines (default: whole)",
     )
     parser.add_argument("--skip_bad_records", action="store_true", help="pass over bad lines and files, and count them")
     other = parser.add_mutually_exclusive_group()

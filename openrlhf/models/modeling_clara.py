@@ -459,11 +459,15 @@ class CLaRa(Answering, PreTrainedModel):
             )
 
     def _in_batches(self, adapter: str, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compresses texts: `[N, L, D]` in the given order, and the MSE over all."""
+        """Compresses texts, equal ones once: `[N, L, D]` in the given order, and the MSE over all."""
         if isinstance(texts, str):
             raise ValueError("give a list of strings, not one string")
-        vectors_NLD, mse_N = self.compress_rows(self.tokens.encoder_rows(list(texts)), adapter)
-        return vectors_NLD, mse_N.sum() / max(len(mse_N), 1)
+        place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        vectors_ULD, mse_U = self.compress_rows(self.tokens.encoder_rows(list(place)), adapter)
+        if len(place) < len(texts):
+            of_N = torch.tensor([place[text] for text in texts], device=vectors_ULD.device)
+            vectors_ULD, mse_U = vectors_ULD[of_N], mse_U[of_N]
+        return vectors_ULD, mse_U.sum() / max(len(mse_U), 1)
 
     @inference
     def compress_rows(self, rows: list[list[int]], adapter: str = ENCODER) -> tuple[torch.Tensor, torch.Tensor]:

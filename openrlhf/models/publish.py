@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
 )
+SETTINGS_FILE = "rag_config.yaml"  # what openrlhf.rag reads from a checkpoint's directory
 TAGS = ("clara", "retrieval-augmented-generation", "lora")
 _SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bAKIA[A-Z0-9]{16}\b"
@@ -79,7 +80,7 @@ def plan(
     for name in adapters:
         own[f"{name}/{ADAPTER_CONFIG}"] = _changed(root / name / ADAPTER_CONFIG, {"base_model_name_or_path": base})
         own[f"{name}/{WEIGHTS_FILE}"] = root / name / WEIGHTS_FILE
-    own |= {name: root / name for name in TOKENIZER_FILES if (root / name).is_file()}
+    own |= {name: root / name for name in (*TOKENIZER_FILES, SETTINGS_FILE) if (root / name).is_file()}
     code: Files = {path.name: path for path in _code(root)}
     own |= code
     card = root / CARD_FILE

@@ -131,13 +131,30 @@ class RAGConfig:
 
     @classmethod
     def chosen(cls, given: "RAGConfig | str | Path | None", model: Any) -> "RAGConfig":
-        """The settings that are given, themselves or as a file; else those that a checkpoint's directory carries, else
-        the defaults."""
+        """The settings that are given, themselves or as a file; else those that a checkpoint carries in its directory
+        or on the Hub, else the defaults."""
         if isinstance(given, cls):
             return given
-        own = Path(model) / CARRIED if isinstance(model, (str, Path)) else None
-        path = given or (own if own is not None and own.is_file() else None)
+        path = given or (_carried(model) if isinstance(model, (str, Path)) else None)
         return cls.from_yaml(path) if path else cls()  # type: ignore[arg-type]
+
+
+def _carried(model: str | Path) -> Path | None:
+    """The settings' file of a checkpoint: a directory, or else a repository on the Hub."""
+    if Path(model).is_dir():
+        own = Path(model) / CARRIED
+        return own if own.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(str(model), CARRIED))
+    except (
+        EntryNotFoundError,
+        HFValidationError,
+        OSError,
+    ):  # no such file, repository or connection: loading the model says which
+        return None
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -27,7 +27,8 @@ class Corpus:
         path: a JSONL file (`{"id"?, "text" | "contents" | "content", "title"?, "page"?, …}`, all else is metadata), or
             a folder with .txt and .md files at any depth.
         skip_bad: pass over bad lines and files, and count them; otherwise the first one raises.
-        passage_tokens: cut files into passages of at most so many tokens, where that is less than the limit asked for.
+        passage_tokens: cut files, and lines too, into passages of at most so many tokens, where that is less than the
+            limit asked for; None leaves lines whole.
 
     Attributes:
         position: lines or files read so far in this reading.
@@ -61,7 +62,8 @@ class Corpus:
         return self.position
 
     def documents(self, limit: int, count: Callable[[str], int]) -> Iterator[Document]:
-        """Every document; a file of more than `limit` tokens as passages `path#1`, `path#2` …
+        """Every document; a file of more than `limit` tokens as passages `path#1`, `path#2` …, and a line of more than
+        `passage_tokens` likewise, where these are given.
 
         Args:
             count: number of tokens of a text.
@@ -70,8 +72,9 @@ class Corpus:
             RecordError: see `check`.
         """
         limit = min(limit, self.passage_tokens or limit)
+        is_cut = self.path.is_dir() or self.passage_tokens is not None
         for document in self._documents():
-            yield from cut(document, limit, count) if self.path.is_dir() else [document]
+            yield from cut(document, limit, count) if is_cut else [document]
 
     def _documents(self) -> Iterator[Document]:
         self._restart()

@@ -16,6 +16,7 @@ import yaml
 from openrlhf.cli import push
 from openrlhf.models.adapters import ADAPTERS
 from openrlhf.models.modeling_clara import CLaRa
+from openrlhf.rag.config import CARRIED
 from tests import fake_hub
 from tests.tiny import DOCS, QUESTIONS, new_model
 
@@ -123,6 +124,22 @@ def test_what_was_pushed_to_the_root_loads_where_this_project_is_not_installed(m
     assert "clara" in card["tags"] and 'from_pretrained("team/clara", ' in files["README.md"].decode()
     assert any(request.startswith("PUT /lfs/") for request in hub.requests)
     assert same(model, loaded(hub, tmp_path, "team/clara"))
+
+
+SETTINGS = """
+import sys
+from openrlhf.rag.config import RAGConfig
+print(RAGConfig.chosen(None, sys.argv[1]).reranking.min_score)
+"""
+
+
+def test_settings_for_rag_go_with_a_checkpoint_and_are_found_on_the_hub(copy, hub, tmp_path):
+    pushed(hub, tmp_path, copy, "team/plain", *GIVEN)
+    (copy / CARRIED).write_text("rag_master:\n  reranking: {min_score: 0.125}\n")
+    pushed(hub, tmp_path, copy, "team/clara", *GIVEN)
+    for name, score in (("team/clara", "0.125"), ("team/plain", "0.55"), ("team/nothing", "0.55")):
+        done = run(hub, tmp_path, "-c", SETTINGS, name)
+        assert done.returncode == 0 and done.stdout.strip() == score, done.stderr[-3000:]
 
 
 def test_what_was_pushed_to_a_subfolder_loads_and_others_beside_it_stay(model, mistral, checkpoint, hub, tmp_path):

@@ -48,6 +48,16 @@ def test_more_documents_than_one_batch_come_back_in_order(model):
     torch.testing.assert_close(mse, torch.stack([m for _, m in singles]).mean(), rtol=1e-5, atol=0)
 
 
+def test_equal_texts_are_compressed_once_and_count_as_often_as_they_come(model, monkeypatch):
+    alone, mse = zip(*(model.compress_documents([text]) for text in DOCS[:2]), strict=True)
+    passed, rows = [], model.compress_rows
+    monkeypatch.setattr(model, "compress_rows", lambda given, *more: passed.append(len(given)) or rows(given, *more))
+    vectors, over_all = model.compress_documents([DOCS[0], DOCS[1], DOCS[0], DOCS[0]])
+    assert passed == [2]
+    torch.testing.assert_close(vectors, torch.cat([alone[0], alone[1], alone[0], alone[0]]), **CLOSE)
+    torch.testing.assert_close(over_all, (3 * mse[0] + mse[1]) / 4, rtol=1e-5, atol=0)
+
+
 def test_compressing_twice_gives_the_same_bits_even_from_training_mode(model):
     model.train()
     first, second = model.compress_documents(TEXTS), model.compress_documents(TEXTS)

@@ -39,6 +39,18 @@ def test_lines_become_documents_with_all_that_they_hold(tmp_path):
     ]
 
 
+def test_lines_are_cut_where_passages_of_a_length_are_asked_for(tmp_path):
+    text = "One two three. Four five six. Seven."
+    path = jsonl(
+        tmp_path / "c.jsonl", {"id": "a", "text": text, "title": "T", "page": 2, "n": 1}, {"id": "b", "text": "x"}
+    )
+    found = read(path, limit=50, passage_tokens=5)
+    assert " ".join(part.text for part in found[:-1]) == text and found[-1] == Document("b", "x")
+    assert [part.id for part in found[:-1]] == ["a#1", "a#2"]
+    assert all(words(f"{part.title} {part.text}") <= 5 and (part.title, part.page) == ("T", 2) for part in found[:-1])
+    assert found[0].metadata == {"n": 1, "passage_of": "a"}
+
+
 def test_without_an_id_the_content_is_the_id(tmp_path):
     path = jsonl(tmp_path / "c.jsonl", {"text": "a"}, {"text": "a", "n": 1}, {"text": "a", "title": "t"}, {"text": "b"})
     ids = [document.id for document in read(path)]
