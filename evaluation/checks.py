@@ -52,9 +52,12 @@ def check_checkpoint(config: EvaluationConfig) -> tuple[Path, dict]:
             f"{root} is a text_rag checkpoint, which has no compressor: give it as --text_rag_checkpoint, beside a "
             "CLaRa checkpoint of the same base model as --checkpoint"
         )
-    selects = trained.startswith("stage2") and (public or (root / QUERY).is_dir())
-    if config.copy_compressor and trained.startswith("stage2"):
-        raise ValueError(f"{root} is a {trained} checkpoint: --copy_compressor is for those from before stage 2")
+    selects = trained.startswith("stage2") if public else (root / QUERY).is_dir()
+    if config.copy_compressor and (selects or trained.startswith("stage2")):
+        raise ValueError(
+            f"{root} is a {trained} checkpoint{' with a query reasoner' * selects}: --copy_compressor is for those "
+            "from before stage 2"
+        )
     if config.suite == END_TO_END and not selects and not config.copy_compressor:
         raise ValueError(
             f"{root} is a {trained} checkpoint without a query reasoner, and the end_to_end suite selects documents "

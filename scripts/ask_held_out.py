@@ -21,7 +21,7 @@ from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.retrieval.compress import compressed_text
 from openrlhf.retrieval.corpus import cut
 from openrlhf.retrieval.store import Document
-from openrlhf.utils.checkpoints import inspect_checkpoint
+from openrlhf.utils.checkpoints import can_search, inspect_checkpoint
 from openrlhf.utils.logging import write_whole
 
 LENGTHS = (64, 96, 128)
@@ -93,7 +93,7 @@ def main() -> None:
         root, saved, _ = inspect_checkpoint(args.checkpoint, None)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if not saved.training_stage.startswith("stage2"):
+    if not can_search(root, saved):
         parser.error(f"{root} is a {saved.training_stage} checkpoint: one with a query reasoner is needed to search")
     model = CLaRa.from_pretrained(args.checkpoint)
     if torch.cuda.is_available():

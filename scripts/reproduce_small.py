@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from reproduction_data import HELD_OUT, LONGEST_OPENING, TRAIN_FILES, prepare
-from reproduction_parts import FULL, PARTS, Again, Further, Run
+from reproduction_parts import FULL, PARTS, Again, Run
 
 from openrlhf.utils.logging import write_whole
 
@@ -131,7 +131,11 @@ class Plan:
             )  # fmt: skip
             trained, said_again, kept_on = first, [first], ()
             for which, more in part.further.items():
-                trained = self.further(which, more, rate, trained)
+                mixed = [self.data / file for file in more.files(which).values()]
+                trained = self.train(
+                    f"stage1_{which}_{at}", "stage1", rate, mixed, more.run,
+                    trained, "--dataset_probs", more.shares, "--mse_loss", *named, *more.flags,
+                )  # fmt: skip
                 said_again.append(trained)
                 kept_on = more.flags
             second = self.train(
@@ -151,40 +155,36 @@ class Plan:
                 self.evaluate(name, "pretraining", False)
             self.evaluate(trained, "instruction_tuning", False)
             self.evaluate(second, "instruction_tuning", baselines)
-            answering = [first, trained, second, *self.stage2(second, at, rate, questions[1:], baselines)]
+            answering = [first, trained, second, *self.stage2(second, rate, questions[1:], baselines)]
             if part.again:
-                second = self.again(part.again, rate, second)
-                answering += [second, *self.stage2(second, f"{FULL}_{at}", rate, questions[1:], False)]
+                answering.append(self.again(part.again, rate, f"retrieval_{at}"))
             for name in dict.fromkeys(answering):
                 answers = self.work / "fresh" / f"{name}.json"
                 command = [sys.executable, "scripts/ask_fresh.py"]
                 command += ["--checkpoint", str(self.work / "checkpoints" / name), "--out", str(answers)]
                 self.steps.append(Step(f"fresh questions {name}", command, answers))
 
-    def further(self, which: str, more: Further, rate: int, start: str) -> str:
-        """A run with which stage 1 goes on."""
-        mixed = [self.data / file for file in more.files(which).values()]
-        return self.train(
-            f"stage1_{which}_rate{rate}", "stage1", rate, mixed, more.run,
-            start, "--dataset_probs", more.shares, "--mse_loss", "--span_loss_weight", "1", *more.flags,
-        )  # fmt: skip
-
     def again(self, more: Again, rate: int, start: str) -> str:
-        """Stage 1 and stage 1_2 once more, over texts that fill a document, each measured; name of the latter."""
-        first = self.further(FULL, more.stage1, rate, start)
-        second = self.train(
-            f"stage1_2_{FULL}_rate{rate}", "stage1_2", rate, [self.data / f"instruction_{FULL}.jsonl"], more.stage1_2,
-            first, "--mse_loss", "--span_loss_weight", "1", *more.stage1.flags,
+        """Stage 1 and stage 1_2 once more, for the generator alone, over texts that fill a document; each measured."""
+        mixed = [self.data / file for file in more.stage1.files(FULL).values()]
+        first = self.train(
+            f"stage1_{FULL}_rate{rate}", "stage1", rate, mixed, more.stage1.run,
+            start, "--dataset_probs", more.stage1.shares, *more.stage1.flags,
         )  # fmt: skip
+        mixed = [self.data / f"instruction_{FULL}.jsonl"]
+        second = self.train(
+            f"stage1_2_{FULL}_rate{rate}", "stage1_2", rate, mixed, more.stage1_2, first, *more.stage1.flags
+        )
         self.evaluate(first, "pretraining", False)
         self.evaluate(second, "instruction_tuning", False)
+        self.held_out(second)
         return second
 
-    def stage2(self, second: str, at: str, rate: int, questions: list[Path], baselines: bool) -> list[str]:
+    def stage2(self, second: str, rate: int, questions: list[Path], baselines: bool) -> list[str]:
         """Stage 2 from the answers alone and, with `part.retrieval`, from a query reasoner that was trained on labels
         first; each measured, beside a copy of the compressor. That reasoner, or else stage 2, is asked questions over
         held-out passages. Names of what answers."""
-        part = self.part
+        part, at = self.part, f"rate{rate}"
         stored = self.compress(second) if part.corpus else []
         trained = [self.train(f"stage2_{at}", "stage2", rate, questions, part.stage2, second, *stored)]
         self.evaluate(second, "end_to_end", baselines, "--copy_compressor", "--no_answers", *stored)
@@ -196,11 +196,15 @@ class Plan:
             trained.append(self.train(f"stage2_warm_{at}", "stage2", rate, questions, part.stage2, asked, *stored))
         for name in trained:
             self.evaluate(name, "end_to_end", baselines and not part.corpus, *stored)
-        answers = self.work / "held_out" / f"{asked}.json"
-        command = [sys.executable, "scripts/ask_held_out.py", "--checkpoint", str(self.work / "checkpoints" / asked)]
-        command += ["--data", str(self.args.data / HELD_OUT), "--out", str(answers)]
-        self.steps.append(Step(f"held-out questions {asked}", command, answers))
+        self.held_out(asked)
         return trained
+
+    def held_out(self, name: str) -> None:
+        """Questions over held-out passages."""
+        answers = self.work / "held_out" / f"{name}.json"
+        command = [sys.executable, "scripts/ask_held_out.py", "--checkpoint", str(self.work / "checkpoints" / name)]
+        command += ["--data", str(self.args.data / HELD_OUT), "--out", str(answers)]
+        self.steps.append(Step(f"held-out questions {name}", command, answers))
 
     def figures(self) -> None:
         """Pictures over the rates: answers of stage 1_2, answers and recall of stage 2."""

@@ -115,7 +115,7 @@ PARTS = {
         },
         again=Again(
             Further(
-                Run(1920, 4, 8e-4), "0.25,0.2,0.35,0.2", 1640, flags=(*DECAY, *NO_DROPOUT, "--even_spans"), long=True
+                Run(2800, 4, 8e-4), "0.25,0.2,0.35,0.2", 1640, flags=("--freeze_compressor", *NO_DROPOUT), long=True
             ),
             Run(800, 4, 5e-4),
             single=9,

@@ -57,11 +57,14 @@ def check(args: argparse.Namespace) -> list[str]:
         raise PermissionError(f"--store {args.store} is not writable")
     if args.model is None:
         return []
-    from openrlhf.utils.checkpoints import inspect_checkpoint
+    from openrlhf.utils.checkpoints import can_search, inspect_checkpoint
 
     root, config, _ = inspect_checkpoint(args.model, args.model_path)
-    if not config.training_stage.startswith("stage2"):
-        raise ValueError(f"{root} is a {config.training_stage} checkpoint: a stage2 checkpoint encodes questions")
+    if not can_search(root, config):
+        raise ValueError(
+            f"{root} is a {config.training_stage} checkpoint without a query reasoner: a stage2 checkpoint encodes "
+            "questions"
+        )
     return read_questions(args.questions)[: args.sample]
 
 

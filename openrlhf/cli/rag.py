@@ -15,7 +15,7 @@ from pathlib import Path
 from openrlhf.rag.config import RAGConfig
 from openrlhf.retrieval.corpus import Corpus
 from openrlhf.retrieval.layout import HEADER_FILE
-from openrlhf.utils.checkpoints import inspect_checkpoint
+from openrlhf.utils.checkpoints import can_search, inspect_checkpoint
 
 DEFAULT_MODEL = "example/checkpoint"
 
@@ -58,9 +58,10 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None]:
             f"no model: {DEFAULT_MODEL} is not in this directory; go to the project's, or give --model"
         )
     root, saved, _ = inspect_checkpoint(args.model, args.model_path)
-    if config.compression.enabled and not saved.training_stage.startswith("stage2"):
+    if config.compression.enabled and not can_search(root, saved):
         raise ValueError(
-            f"{root} is a {saved.training_stage} checkpoint: a stage2 checkpoint is needed to choose documents"
+            f"{root} is a {saved.training_stage} checkpoint without a query reasoner: a stage2 checkpoint is needed to "
+            "choose documents"
         )
     if (args.documents / HEADER_FILE).is_file():
         if args.store:

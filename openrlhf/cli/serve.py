@@ -22,7 +22,7 @@ from openrlhf.models.fingerprint import of_files
 from openrlhf.rag.config import RAGConfig
 from openrlhf.retrieval.corpus import Corpus
 from openrlhf.retrieval.layout import HEADER_FILE, check_header, check_new, read_header
-from openrlhf.utils.checkpoints import inspect_checkpoint
+from openrlhf.utils.checkpoints import can_search, inspect_checkpoint
 
 logger = logging.getLogger("openrlhf")
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "python_multipart": "python-multipart", "bm25s": "bm25s"}
@@ -84,9 +84,10 @@ def check(args: argparse.Namespace) -> tuple[RAGConfig, Corpus | None, socket.so
     config = RAGConfig.chosen(args.config, args.model or DEFAULT_MODEL)
     args.model = args.model or config.compression.model or DEFAULT_MODEL
     root, ours, _ = inspect_checkpoint(args.model, args.model_path)
-    if config.compression.enabled and not ours.training_stage.startswith("stage2"):
+    if config.compression.enabled and not can_search(root, ours):
         raise ValueError(
-            f"{root} is a {ours.training_stage} checkpoint: a stage2 checkpoint is needed to choose documents"
+            f"{root} is a {ours.training_stage} checkpoint without a query reasoner: a stage2 checkpoint is needed to "
+            "choose documents"
         )
     if args.store is not None and ((args.store / HEADER_FILE).is_file() or args.read_only):
         check_header(args.store, read_header(args.store), of_files(root, ours))

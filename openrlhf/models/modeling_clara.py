@@ -108,6 +108,7 @@ class CLaRa(Answering, PreTrainedModel):
         self.document_cache: DocumentCache | None = None
         self.retriever = None
         self.fixed_head: Callable | None = None
+        self.compressor_trains = False
         for parameter in self.decoder.parameters():
             parameter.requires_grad_(False)
         self.special.memory.requires_grad_(False)
@@ -178,6 +179,14 @@ class CLaRa(Answering, PreTrainedModel):
         state = {key: p.detach() for key, p in adapter_state(self.decoder, ENCODER).items()}
         self.attach_adapter(QUERY, None if fresh else state, ENCODER)
 
+    def remove_query_reasoner(self) -> None:
+        """Takes the query reasoner away: it searches among the vectors of the compressor that it was trained beside."""
+        with self.router.route(DECODER):  # PEFT complains where the adapter is the active one
+            for layer in self.router.layers:
+                layer.delete_adapter(QUERY)
+        del self.decoder.peft_config[QUERY]
+        self.router = AdapterRouter(self.decoder)
+
     def attach_adapter(self, name: str, state: dict[str, torch.Tensor] | None, source: str) -> None:
         """Adds a further adapter to generate or compress with, frozen; its weights as `checkpoint.read_adapter` gives
         them, or fresh.
@@ -225,9 +234,11 @@ class CLaRa(Answering, PreTrainedModel):
             if isinstance(layer, LoraLinear):
                 layer.merged_products = {}
 
-    def train_stage(self, stage: str, freeze_query_reasoner: bool = False) -> None:
-        """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings."""
+    def train_stage(self, stage: str, freeze_query_reasoner: bool = False, freeze_compressor: bool = False) -> None:
+        """Sets `requires_grad` for a stage; `config.optimize_mem_tokens` decides on the memory embeddings, which are
+        frozen with the compressor."""
         adapters, memory = STAGE_TRAINS[stage]
+        still = {QUERY: freeze_query_reasoner, ENCODER: freeze_compressor}
         if stage == TEXT_RAG and self.has_compressor:
             raise ValueError(
                 "text_rag is a baseline that starts from the base model; this one has a compressor: make another with "
@@ -237,11 +248,12 @@ class CLaRa(Answering, PreTrainedModel):
         self.unmerge_adapters()
         for name in adapters:
             self.router.check(name)
-        learning = [name for name in adapters if not (freeze_query_reasoner and name == QUERY)]
+        learning = [name for name in adapters if not still.get(name)]
+        self.compressor_trains = ENCODER in learning
         for name in self.decoder.peft_config:
             for parameter in adapter_state(self.decoder, name).values():
                 parameter.requires_grad_(name in learning)
-        self.special.memory.requires_grad_(memory and self.config.optimize_mem_tokens)
+        self.special.memory.requires_grad_(memory and self.config.optimize_mem_tokens and self.compressor_trains)
         self.config.training_stage = stage
 
     def cache_frozen_documents(self, look_up: LookUp | None = None) -> None:
@@ -384,7 +396,8 @@ class CLaRa(Answering, PreTrainedModel):
             return loss, {**out, "mse_loss": torch.zeros_like(loss)}
         counts_B = self._document_counts(batch, len(batch["labels"]))
         if stage in ("stage1", "stage1_2"):
-            docs_MLD, mse_M = self.compress(batch["enc_input_ids"], batch["enc_attention_mask"])
+            compressed = self.compress if self.compressor_trains else self._frozen_documents
+            docs_MLD, mse_M = compressed(batch["enc_input_ids"], batch["enc_attention_mask"])
             if compute_span_loss:
                 n_memory, rate = self.config.n_memory_tokens, self.config.compr_rate
                 n_words, even = self.tokens.first_special_id, self.config.even_spans
@@ -427,12 +440,17 @@ class CLaRa(Answering, PreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What stage 2 selects from, `[M, L, D]`, and its MSE: the batch's documents, or what `retriever` finds."""
         if "enc_input_ids" in batch:
-            with self.frozen():
-                return (self.document_cache or self.compress)(batch["enc_input_ids"], batch["enc_attention_mask"])
+            return self._frozen_documents(batch["enc_input_ids"], batch["enc_attention_mask"])
         assert self.retriever is not None  # _document_counts sees to it
         n = int(counts_B.max())
         docs_BNLD = self.retriever(query_BLD.flatten(1), n).to(query_BLD).unflatten(-1, query_BLD.shape[1:])
         return docs_BNLD[torch.arange(n) < counts_B.unsqueeze(1)], query_BLD.new_zeros(1)
+
+    @torch.no_grad()
+    def _frozen_documents(self, ids_MT: torch.Tensor, mask_MT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `compress`, of a compressor that does not train."""
+        with self.frozen():
+            return (self.document_cache or self.compress)(ids_MT, mask_MT)
 
     def _document_counts(self, batch: dict, n_questions: int) -> torch.Tensor:
         if "enc_input_ids" not in batch and (self.retriever is None or batch.get("docs_per_question") is None):

@@ -35,6 +35,7 @@ from openrlhf.trainer import estimate
 from openrlhf.trainer.config import STAGE2, TrainingConfig
 from openrlhf.trainer.sft_trainer import batch_plan
 from openrlhf.trainer.skeleton import ROW_TOKENS
+from openrlhf.utils.checkpoints import can_search
 from openrlhf.utils.distributed import Engine, barrier, rank, seed_everything, writing
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,8 @@ def resolve_paths(config: TrainingConfig) -> Path | None:
                 f"{root} was trained with --{flag} {getattr(saved, name)}, this run asks for {value}: pass the "
                 "checkpoint's value, or start from a checkpoint of the setting you want"
             )
-    if config.stage.startswith("stage1") and saved.training_stage in STAGE2:
-        logger.warning(
-            "%s is a %s checkpoint: training its compressor again outdates its query reasoner",
-            root,
-            saved.training_stage,
-        )
+    if config.stage not in STAGE2 and not config.freeze_compressor and can_search(root, saved):
+        logger.warning("%s: training its compressor again outdates its query reasoner, which is left out", root)
     return root
 
 
@@ -227,13 +224,15 @@ def build_model(config: TrainingConfig, model_cfg: CLaRaConfig, root: Path | Non
     else:
         model = CLaRa.from_pretrained(root, config=model_cfg, **options)
     model.config.attn_implementation = None  # a choice of this machine, not of the checkpoint
+    if model.has_query_reasoner and config.stage not in STAGE2 and not config.freeze_compressor:
+        model.remove_query_reasoner()
     if config.reset_decoder:
         model.reset_adapter(DECODER)
     if config.fresh_query_reasoner:
         model.reset_adapter(QUERY)
     set_dropout(model.decoder, config.lora_dropout)
     model.to(device=device)  # type: ignore[call-arg]
-    model.train_stage(config.stage, freeze_query_reasoner=config.freeze_query_reasoner)
+    model.train_stage(config.stage, config.freeze_query_reasoner, config.freeze_compressor)
     if config.gradient_checkpointing:
         model.checkpoint_layers()
     if config.stage2_mips:
@@ -351,7 +350,7 @@ def describe(config: TrainingConfig, model_cfg: CLaRaConfig, tokens: ClaraTokens
         model = CLaRa(model_cfg, base, tokens.tokenizer)
         if config.stage in STAGE2:
             model.add_query_reasoner()
-    model.train_stage(config.stage, freeze_query_reasoner=config.freeze_query_reasoner)
+    model.train_stage(config.stage, config.freeze_query_reasoner, config.freeze_compressor)
     trainable = {
         name: sum(p.numel() for p in adapter_state(model.decoder, name).values() if p.requires_grad)
         for name in model.decoder.peft_config

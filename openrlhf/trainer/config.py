@@ -56,6 +56,9 @@ class TrainingConfig:
     even_spans: bool = _flag(
         False, "stages 1 and 1_2: all memory vectors of a short document stand for a part of it; kept by the checkpoint"
     )
+    freeze_compressor: bool = _flag(
+        False, "stages 1 and 1_2: train the generator only; a store and a query reasoner made before stay valid"
+    )
     freeze_memory_embeddings: bool = _flag(False, "stages 1 and 1_2: keep the memory embeddings as they are")
     document_store: str | None = _flag(
         None, "stage 2: a store of compressed documents to read candidates from; others are compressed"
@@ -176,6 +179,13 @@ class TrainingConfig:
         only("span_loss_weight", first, "the documents are frozen there")
         only("even_spans", first, "the documents are frozen there, and a checkpoint keeps its choice")
         only("freeze_memory_embeddings", first, "they are always frozen there")
+        only("freeze_compressor", first, "it is always frozen there")
+        if self.freeze_compressor and stage in first:
+            if not self.pretrain_checkpoint:
+                found.append("--freeze_compressor needs --pretrain_checkpoint: it keeps a compressor that is trained")
+            for flag in ("mse_loss", "span_loss_weight", "even_spans"):
+                if getattr(self, flag):
+                    found.append(f"--{flag} does not go with --freeze_compressor: it is for a compressor that trains")
         if stage == TEXT_RAG:
             only("pretrain_checkpoint", (), "")
             only("rescale_memory", (), "")

@@ -71,6 +71,7 @@ class Plan:
     mse_loss: bool = False
     span_loss_weight: float = 0.0
     freeze_query_reasoner: bool = False
+    freeze_compressor: bool = False
     freeze_memory_embeddings: bool = False
     train_batch_size: int = 128
     micro_train_batch_size: int = 8
@@ -184,10 +185,10 @@ class Skeleton:
             self.special = SpecialEmbeddings(rows_SD, plan.n_memory_tokens, None if tied else rows_SD)
         self.decoder.to(plan.dtype)  # as DeepSpeed does, adapters too
         adapters, memory = STAGE_TRAINS[plan.stage]
-        frozen = (QUERY,) if plan.freeze_query_reasoner else ()
+        still = {QUERY: plan.freeze_query_reasoner, ENCODER: plan.freeze_compressor}
         for key, parameter in self.decoder.named_parameters():
-            parameter.requires_grad_(any(f".{name}." in key for name in adapters if name not in frozen))
-        self.special.memory.requires_grad_(memory and not plan.freeze_memory_embeddings)
+            parameter.requires_grad_(any(f".{name}." in key for name in adapters if not still.get(name)))
+        self.special.memory.requires_grad_(memory and not (plan.freeze_memory_embeddings or plan.freeze_compressor))
         if fake:
             with fake:
                 for part in (self.decoder, self.special):
@@ -213,7 +214,8 @@ class Skeleton:
         return ids_BT, mask_BT
 
     def documents(self, rows: int) -> torch.Tensor:
-        """Compresses documents as stage 2 and `compress_documents` do: `[rows, L, D]`, without gradients."""
+        """Compresses documents as stage 2 and `compress_documents` do, and stage 1 with a frozen compressor:
+        `[rows, L, D]`, without gradients."""
         self.decoder.eval()
         with torch.no_grad():
             docs_MLD, _ = self.compress(*self.ids(rows, self.plan.doc_width, self.plan.n_memory_tokens))
@@ -229,7 +231,9 @@ class Skeleton:
             return self.answer_loss(self.embed(ids_BT), mask_BT, mark)
         mark("compressor")
         mse = None
-        if docs_MLD is None:
+        if docs_MLD is None and plan.freeze_compressor:
+            docs_MLD = self.documents(plan.documents)
+        elif docs_MLD is None:
             docs_MLD, mse = self.compress(*self.ids(plan.documents, plan.doc_width, n_memory))
         else:
             query_BLD, _ = self.compress(*self.ids(rows, plan.query_width, n_memory), QUERY)

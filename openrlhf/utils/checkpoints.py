@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from openrlhf.models.checkpoint import find_base, find_checkpoint, read_config
+from openrlhf.models.adapters import QUERY
+from openrlhf.models.checkpoint import adapters_of, find_base, find_checkpoint, read_config
 from openrlhf.models.configuration_clara import CLaRaConfig
 
 
@@ -29,3 +30,8 @@ def inspect_checkpoint(
             "Hub id with --model_path"
         ) from None
     return root, config, base
+
+
+def can_search(root: Path, config: CLaRaConfig) -> bool:
+    """Whether a checkpoint has a query reasoner: from stage 2, or kept beside a frozen compressor since."""
+    return QUERY in adapters_of(root, config.training_stage)

@@ -105,6 +105,10 @@ def test_frozen_parts_count_as_frozen(folder):
     run = start(folder / "frozen", flags(folder / "frozen", "stage2", dry_run=True, **stage2))
     embeddings = flags(folder / "memory", dry_run=True, freeze_memory_embeddings=True)
     other = start(folder / "memory", embeddings)
+    trained = {**OPTIONS["stage1_2"], "freeze_compressor": True}
+    third = start(folder / "compressor", flags(folder / "compressor", "stage1_2", dry_run=True, **trained))
+    counts = printed(third.ok())["trainable_parameters"]
+    assert counts["encoder_adapter"] == counts["memory_embeddings"] == 0 < counts["decoder_adapter"]
     counts = printed(run.ok())["trainable_parameters"]
     assert counts["query_reasoner_adapter"] == 0 < counts["decoder_adapter"]
     assert printed(other.ok())["trainable_parameters"]["memory_embeddings"] == 0

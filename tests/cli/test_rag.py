@@ -127,6 +127,17 @@ def test_a_checkpoint_from_before_stage_2_is_refused(checkpoint, mistral, folder
     assert "a stage2 checkpoint is needed" in capsys.readouterr().err
 
 
+def test_a_checkpoint_whose_generator_trained_on_is_asked_with_the_reasoner_it_kept(
+    checkpoint, folder, tmp_path, capsys
+):
+    model = CLaRa.from_pretrained(checkpoint)
+    model.config.training_stage = "stage1_2"
+    model.save_pretrained(tmp_path / "kept")
+    given = ["Who?", "--documents", str(folder), "--store", str(tmp_path / "store"), *FAST]
+    rag.main([*given, "--model", str(tmp_path / "kept")])
+    assert "[1]" in capsys.readouterr().out
+
+
 def test_the_command_runs_as_people_type_it(checkpoint, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(json.dumps({"id": "7", "title": "Lamp", "text": "It was lit in 1874.", "page": 3}) + "\n")

@@ -142,6 +142,12 @@ COMBINATIONS = [
     ({"stage": "stage2", "spread_memory": True, **START}, "--spread_memory is chosen where training starts"),
     ({"stage": "stage1", "spread_memory": True, "flash_attn": True}, "--spread_memory does not go with --flash_attn"),
     ({"stage": "stage2", "freeze_memory_embeddings": True, **START}, "--freeze_memory_embeddings does not go with"),
+    ({"stage": "stage2", "freeze_compressor": True, **START}, "--freeze_compressor does not go with --stage stage2"),
+    ({"stage": "stage1", "freeze_compressor": True}, "--freeze_compressor needs --pretrain_checkpoint"),
+    *(
+        ({"stage": "stage1_2", "freeze_compressor": True, flag: 1.0, **START}, f"--{flag} does not go with --freeze_co")
+        for flag in ("mse_loss", "span_loss_weight", "even_spans")
+    ),
     ({"stage": "stage1", "reset_decoder": True}, "--reset_decoder does not go with --stage stage1: only stage1_2"),
     ({"stage": "stage2", "reset_decoder": True, **START}, "--reset_decoder does not go with --stage stage2"),
     ({"stage": "stage1_2", "reset_decoder": True}, "--reset_decoder needs --pretrain_checkpoint"),
@@ -182,7 +188,7 @@ COMBINATIONS = [
         ({"stage": "text_rag", flag: True}, f"--{flag} does not go with --stage text_rag: it reads documents as text")
         for flag in (
             *("mse_loss", "freeze_memory_embeddings", "rescale_memory", "spread_memory", "reset_decoder"),
-            *("freeze_query_reasoner", "fresh_query_reasoner"),
+            *("freeze_query_reasoner", "fresh_query_reasoner", "freeze_compressor"),
         )
     ),
     ({"stage": "text_rag", **START}, "--pretrain_checkpoint does not go with --stage text_rag: it reads documents as"),

@@ -21,7 +21,7 @@ DEFAULTS = {
     "topk_temperature": 0.02, "lora_r": 16, "lora_dropout": 0.1,
     "reset_decoder": False, "freeze_query_reasoner": False, "fresh_query_reasoner": False,
     "rescale_memory": False, "spread_memory": False, "even_spans": False, "document_store": None,
-    "freeze_memory_embeddings": False,
+    "freeze_memory_embeddings": False, "freeze_compressor": False,
     "stage2_mips": False, "stage2_retrieval_top_n": 1, "retrieval_url": "http://127.0.0.1:5004",
     "train_batch_size": 128, "group_by_length": False,
     "micro_train_batch_size": 8, "learning_rate": 5e-6, "lr_scheduler": "cosine_with_min_lr", "lr_warmup_ratio": 0.03,

@@ -68,6 +68,23 @@ def test_a_frozen_query_reasoner_gets_no_gradient(mistral):
     assert owners(backward(model, make_batch(model, "stage2", LISTS, QUESTIONS, ANSWERS))) == {"decoder_adapter"}
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage1_2"])
+def test_a_frozen_compressor_gives_the_generator_the_same_gradients_and_gets_none(mistral, stage):
+    model = new_model(mistral)
+    model.train_stage(stage)
+    batch = make_batch(model, stage, LISTS, QUESTIONS, ANSWERS)
+    whole = backward(model, batch)
+    model.train_stage(stage, freeze_compressor=True)
+    found = backward(model, batch)
+    assert owners(found) == {"decoder_adapter"} and not model.special.memory.requires_grad
+    assert all(torch.equal(grad, whole[name]) for name, grad in found.items())
+    set_dropout(model.decoder, 0.5)
+    mse = {float(model.train()(batch=batch)[1]["mse_loss"]) for _ in range(3)}
+    assert mse == {float(model.eval()(batch=batch)[1]["mse_loss"])}, "dropout touched it"
+    model.train_stage(stage)
+    assert owners(backward(model, batch)) == {*ADAPTERS[:2], "special.memory"}
+
+
 def test_the_base_model_and_the_fixed_tokens_never_learn(mistral):
     model = new_model(mistral)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -72,9 +72,10 @@ def real_peak(model, batch: dict, span_loss: bool = False) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", ["stage1", "stage1, span loss", "stage1_2", "stage2", "text_rag"])
+@pytest.mark.parametrize("stage", ["stage1", "stage1, span loss", "stage1_2", "stage1_2, frozen", "stage2", "text_rag"])
 def test_the_activations_are_those_of_a_real_pass(mistral, stage, checkpointing):
-    stage, _, span_loss = stage.partition(", ")
+    stage, _, more = stage.partition(", ")
+    span_loss, frozen = more == "span loss", more == "frozen"
     n_docs, k = {"stage1": (1, 1), "stage1_2": (2, 2), "stage2": (3, 2), "text_rag": (2, 2)}[stage]
     text = stage == "text_rag"
     model = (tiny.text_rag_model if text else tiny.new_model)(mistral, generation_top_k=k)
@@ -84,7 +85,7 @@ def test_the_activations_are_those_of_a_real_pass(mistral, stage, checkpointing)
         batch[name][0, 0] = 0
     if stage == "stage2":
         batch["query_attention_mask"][0, 0] = 0
-    model.train_stage(stage)
+    model.train_stage(stage, freeze_compressor=frozen)
     if checkpointing:
         model.checkpoint_layers()
     answers = int((batch["labels"][0, 1:] != -100).sum())
@@ -104,9 +105,10 @@ def test_the_activations_are_those_of_a_real_pass(mistral, stage, checkpointing)
         zero_stage=3,  # compresses all documents at once, as `forward` does without a cache
         gradient_checkpointing=checkpointing,
         span_loss_weight=1.0 if span_loss else 0.0,
+        freeze_compressor=frozen,
     )
     found = counted(same, "cpu")
-    assert activations(found) == pytest.approx(real_peak(model, batch, bool(span_loss)), rel=0.05)
+    assert activations(found) == pytest.approx(real_peak(model, batch, span_loss), rel=0.05)
 
 
 def test_a_straight_line_over_layers_is_what_all_layers_give():

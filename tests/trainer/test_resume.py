@@ -292,6 +292,7 @@ CHANGES = {
     "lora_r": (2, "lora_r: 4 then, 2 now"),
     "compress_rate": (4, "compress_rate: 8 then, 4 now"),
     "freeze_memory_embeddings": (True, "freeze_memory_embeddings: False then, True now"),
+    "freeze_compressor": (True, "freeze_compressor: False then, True now"),
     "span_loss_weight": (0.5, "span_loss_weight: 0.0 then, 0.5 now"),
     "span_decay": (0.5, "span_decay: 1.0 then, 0.5 now"),
     "rescale_memory": (True, "rescale_memory: False then, True now"),
@@ -324,6 +325,8 @@ def test_changed_settings_are_refused_before_the_model_loads(whole, unweighted, 
     value, reason = CHANGES[name]
     before = whole.saved()
     changed = {name: value, **GO_WITH.get(name, {})}
+    if name == "freeze_compressor":
+        changed |= {"pretrain_checkpoint": whole.folder, "mse_loss": None}
     said = refused(whole.folder, {**data(whole.folder.parent), "pretrain": unweighted, **changed})
     assert "is a run of other settings and cannot be resumed" in said and reason in said
     assert "base model" not in said and whole.saved() == before

@@ -170,6 +170,17 @@ def test_freeze_query_reasoner_trains_the_generator_only(small, chain):
     assert not same(adapter(run.folder, "decoder"), adapter(chain["stage1"].folder, "decoder"))
 
 
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_freeze_compressor_trains_the_generator_only_and_a_query_reasoner_stays_valid(small, chain, stage):
+    source = chain["stage2_pretrain_retrieval"]
+    run = small(stage, source="stage2_pretrain_retrieval", freeze_compressor=True)
+    for name, content in source.saved().items():
+        if "encoder_adapter" in name or "query_reasoner" in name or "special_embeddings" in name:
+            assert run.saved()[name] == content, name
+    assert not same(adapter(run.folder, "decoder"), adapter(source.folder, "decoder"))
+    assert saved_config(run)["training_stage"] == stage and "outdates" not in run.errors
+
+
 def vectors(folders: list) -> list[torch.Tensor]:
     """The same documents compressed by several checkpoints."""
     from openrlhf.models.modeling_clara import CLaRa
@@ -184,10 +195,13 @@ def test_documents_compressed_before_stage_2_stay_valid_after_it(chain):
     assert not torch.allclose(before, after[2])  # instruction tuning does change them
 
 
-def test_training_the_compressor_of_a_stage_2_checkpoint_warns(small):
+def test_training_the_compressor_of_a_stage_2_checkpoint_leaves_its_query_reasoner_out(small):
     run = small("stage1_2", source="stage2")
-    assert "training its compressor again outdates its query reasoner" in run.errors
-    assert (run.folder / "query_reasoner_adapter").exists()
+    said = " ".join(run.errors.split())
+    assert "training its compressor again outdates its query reasoner, which is left out" in said
+    assert not (run.folder / "query_reasoner_adapter").exists()
+    still = small("stage2", "still", pretrain_checkpoint=run.folder, learning_rate=STILL)
+    assert same(adapter(still.folder, "query_reasoner"), adapter(run.folder, "encoder"))
 
 
 def test_lora_r_is_the_rank_and_alpha_is_twice_it(small):
