@@ -24,7 +24,7 @@ from reproduction_parts import FULL, PARTS, Again, Run
 
 from openrlhf.utils.logging import write_whole
 
-HALF = "0.5,0.5"  # shares: in stage 1 of QA sets and of openings to be said again
+HALF = "0.5,0.5"  # shares of two files
 CONSTANT = "constant_with_warmup"
 SLICE_OVER = 75
 ABLATED_RATE = 16
@@ -171,10 +171,11 @@ class Plan:
             f"stage1_{FULL}_rate{rate}", "stage1", rate, mixed, more.stage1.run,
             start, "--dataset_probs", more.stage1.shares, *more.stage1.flags,
         )  # fmt: skip
-        mixed = [self.data / f"instruction_{FULL}.jsonl"]
+        mixed = [self.data / f"instruction{which}.jsonl" for which in ("", f"_{FULL}")]
         second = self.train(
-            f"stage1_2_{FULL}_rate{rate}", "stage1_2", rate, mixed, more.stage1_2, first, *more.stage1.flags
-        )
+            f"stage1_2_{FULL}_rate{rate}", "stage1_2", rate, mixed, more.stage1_2,
+            first, "--dataset_probs", HALF, *more.stage1.flags,
+        )  # fmt: skip
         self.evaluate(first, "pretraining", False)
         self.evaluate(second, "instruction_tuning", False)
         self.held_out(second)

@@ -117,7 +117,7 @@ PARTS = {
             Further(
                 Run(2800, 4, 8e-4), "0.25,0.2,0.35,0.2", 1640, flags=("--freeze_compressor", *NO_DROPOUT), long=True
             ),
-            Run(800, 4, 5e-4),
+            Run(600, 4, 5e-4),
             single=9,
         ),
         short=80,

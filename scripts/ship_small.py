@@ -1,6 +1,6 @@
 """Writes example/checkpoint: a checkpoint of scripts/reproduce_small.sh in bfloat16, with a model card of its figures.
 
-    python scripts/ship_small.py --work results/reproduction_cpu --name retrieval_rate4 --out example/checkpoint
+    python scripts/ship_small.py --work results/reproduction_cpu --name stage1_2_full_rate4 --out example/checkpoint
 
 Every figure of the card is read from the record beside docs/REPRODUCTION.md, to which the answers of the shipped
 checkpoint are added. A model that answers fewer than 7 of the ten fresh questions is said to be unfinished. These ten
@@ -27,7 +27,7 @@ from openrlhf.utils.logging import write_whole
 WANTED = 7
 UNSEEN = "scripts/fresh_questions_unseen.jsonl"
 PUBLISHED = {"rescale_memory": False, "spread_memory": False, "even_spans": False, "span_loss_weight": 0.0}
-PUBLISHED |= {"span_decay": 1.0, "lora_dropout": 0.1}
+PUBLISHED |= {"span_decay": 1.0, "lora_dropout": 0.1, "freeze_compressor": False}
 ASKS = """
 Ask a folder of text files:
 
@@ -176,7 +176,7 @@ to 55 tokens, as those of the questions above are, has a vector for every one or
     adapters, asks = "Two", ""
     if model.has_query_reasoner:
         adapters, asks = "Three", ASKS
-        if runs[-1][1]["stage"] == "stage2_pretrain_retrieval":
+        if any(settings["stage"] == "stage2_pretrain_retrieval" for _, settings in runs):
             limits += LABELLED
     else:
         limits += NO_REASONER
@@ -250,7 +250,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=Path("results/reproduction_cpu"))
-    parser.add_argument("--name", default="retrieval_rate4", help="training run whose checkpoint is shipped")
+    parser.add_argument("--name", default="stage1_2_full_rate4", help="training run whose checkpoint is shipped")
     parser.add_argument("--record", type=Path, default=Path("docs/reproduction/cpu"), help="written with the page")
     parser.add_argument("--out", type=Path, default=Path("example/checkpoint"))
     args = parser.parse_args()
