@@ -19,7 +19,7 @@ HELD_OUT = "train/stage1_val.jsonl"
 POOL, CORPUS = "extra/e2e_all_ids.jsonl", "extra/train_corpus.jsonl"
 SHORTEST_OPENING, LONGEST_OPENING, HELD_OUT_OPENINGS = 16, 128, 100
 LONGEST_WORDS = 64
-FULL = 48, 124  # tokens of texts that fill a document
+FULL_LENGTHS = 48, 124  # tokens of texts that fill a document
 ASKED = 6  # questions of a set about words that follow
 CANDIDATES = 20
 
@@ -66,7 +66,7 @@ def words(passages: list[str], tokenizer: Any, full: bool = False) -> list[dict]
 def length(rng: random.Random, longest: int, full: bool) -> int:
     """Tokens of a text to be said again: many short ones and few long ones (the logarithm is uniform), or `full`."""
     if full:
-        return rng.randint(*FULL)
+        return rng.randint(*FULL_LENGTHS)
     return round(SHORTEST_OPENING * (longest / SHORTEST_OPENING) ** rng.random())
 
 

@@ -54,7 +54,7 @@ class Part:
     question over several documents, stage 1_2 has `single` over one, a passage of at most `short` tokens. Stage 1 goes
     on with the runs of `further`, over such passages or longer ones. Stage 2 asks over the candidates of `corpus`
     questions (0: each over its own), and is also started from a query reasoner that `retrieval` trained on labels.
-    `again` goes on from stage 1_2, and stage 2 is run from there too."""
+    `again` goes on from there with the generator alone."""
 
     doc_max_length: int
     single: int

@@ -1,6 +1,6 @@
 """Writes example/checkpoint: a checkpoint of scripts/reproduce_small.sh in bfloat16, with a model card of its figures.
 
-    python scripts/ship_small.py --work results/reproduction_cpu --name stage1_2_full_rate4 --out example/checkpoint
+    python scripts/ship_small.py --work results/reproduction_cpu --name retrieval_rate4 --out example/checkpoint
 
 Every figure of the card is read from the record beside docs/REPRODUCTION.md, to which the answers of the shipped
 checkpoint are added. A model that answers fewer than 7 of the ten fresh questions is said to be unfinished. These ten
@@ -250,7 +250,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=Path("results/reproduction_cpu"))
-    parser.add_argument("--name", default="stage1_2_full_rate4", help="training run whose checkpoint is shipped")
+    parser.add_argument("--name", default="retrieval_rate4", help="training run whose checkpoint is shipped")
     parser.add_argument("--record", type=Path, default=Path("docs/reproduction/cpu"), help="written with the page")
     parser.add_argument("--out", type=Path, default=Path("example/checkpoint"))
     args = parser.parse_args()

@@ -150,7 +150,7 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
     everything = load_records(str(data / "train" / "stage1_train.jsonl"), "stage1")
     fitting = {row["docs"][0] for row in load_records(str(target / "stage1.jsonl"), "stage1")}
     bodies = [row["docs"][0].split("\n", 1)[-1] for row in everything if row["docs"][0] not in fitting]
-    shortest, most = prepared.FULL
+    shortest, most = prepared.FULL_LENGTHS
     for kind, rows in full.items():
         sizes = [len(tokenizer(row["docs"][0], add_special_tokens=False).input_ids) for row in rows]
         assert len(rows) == len(bodies) and shortest - 3 <= min(sizes) < max(sizes) <= most + 3, kind

@@ -116,9 +116,9 @@ def push(
 ) -> str:
     """Uploads a checkpoint in one commit; its address.
 
-    The repository is made where it is not there. Adapters that an earlier push left in the same place, and that this
-    checkpoint does not have, are deleted in the same commit. When a subfolder is pushed, a card at the root stays as it
-    is; the code at the root becomes this checkpoint's.
+    The repository is made where it is not there. Adapters and settings that an earlier push left in the same place, and
+    that this checkpoint does not have, are deleted in the same commit. When a subfolder is pushed, a card at
+    the root stays as it is; the code at the root becomes this checkpoint's.
 
     Args:
         checkpoint, repo_id, subfolder, base_model, license: see `plan`.
@@ -299,9 +299,9 @@ def _check_secrets(files: Files) -> None:
 
 
 def _is_stale(name: str, place: str) -> bool:
-    """Whether loading from this place in the repository would read the file as a checkpoint's weights."""
+    """Whether loading from this place in the repository would read the file as the checkpoint's."""
     inside = name.removeprefix(place) if name.startswith(place) else ""
-    return inside.partition("/")[0] in ADAPTERS or inside in (ADAPTERS_FILE, LAYERS_FILE)
+    return inside.partition("/")[0] in ADAPTERS or inside in (ADAPTERS_FILE, LAYERS_FILE, SETTINGS_FILE)
 
 
 @contextmanager

@@ -149,12 +149,8 @@ def _carried(model: str | Path) -> Path | None:
 
     try:
         return Path(hf_hub_download(str(model), CARRIED))
-    except (
-        EntryNotFoundError,
-        HFValidationError,
-        OSError,
-    ):  # no such file, repository or connection: loading the model says which
-        return None
+    except (EntryNotFoundError, HFValidationError, OSError):
+        return None  # no such file, repository or connection: loading the model says which of the last two
 
 
 def _fits(value: Any, default: Any) -> bool:

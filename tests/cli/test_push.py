@@ -140,6 +140,9 @@ def test_settings_for_rag_go_with_a_checkpoint_and_are_found_on_the_hub(copy, hu
     for name, score in (("team/clara", "0.125"), ("team/plain", "0.55"), ("team/nothing", "0.55")):
         done = run(hub, tmp_path, "-c", SETTINGS, name)
         assert done.returncode == 0 and done.stdout.strip() == score, done.stderr[-3000:]
+    (copy / CARRIED).unlink()
+    pushed(hub, tmp_path, copy, "team/clara", *GIVEN)
+    assert CARRIED not in hub.repositories["team/clara"].files
 
 
 def test_what_was_pushed_to_a_subfolder_loads_and_others_beside_it_stay(model, mistral, checkpoint, hub, tmp_path):
