@@ -72,6 +72,8 @@ def length(rng: random.Random, longest: int, full: bool) -> int:
 
 def cut(texts: list[str], lengths: list[int], tokenizer: Any) -> list[str]:
     """The first tokens of each text that has any."""
+    if not texts:  # the tokenizer cannot
+        return []
     ids = tokenizer(texts, add_special_tokens=False).input_ids
     return [str(tokenizer.decode(row[:n])).strip() for row, n in zip(ids, lengths, strict=True) if row]
 
