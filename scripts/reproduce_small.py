@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from reproduction_data import HELD_OUT, LONGEST_OPENING, TRAIN_FILES, prepare
-from reproduction_parts import FULL, PARTS, Again, Run
+from reproduction_parts import FULL, KINDS, PARTS, Again, Run
 
 from openrlhf.utils.logging import write_whole
 
@@ -166,7 +166,7 @@ class Plan:
 
     def again(self, more: Again, rate: int, start: str) -> str:
         """Stage 1 and stage 1_2 once more, for the generator alone, over texts that fill a document; each measured."""
-        mixed = [self.data / file for file in more.stage1.files(FULL).values()]
+        mixed = [self.data / f"{kind}_{FULL}.jsonl" for kind in KINDS]
         first = self.train(
             f"stage1_{FULL}_rate{rate}", "stage1", rate, mixed, more.stage1.run,
             start, "--dataset_probs", more.stage1.shares, *more.stage1.flags,

@@ -219,7 +219,8 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
             questions = [single(row) for row in rows(target / f"{source}.jsonl") if row["data_type"] == "qa"]
             n = min(len(records), len(questions) // per_record)
             write_rows(target / f"{name}.jsonl", shuffled(shuffled(records)[:n] + questions[: n * per_record]))
-    if not all((target / name).is_file() for name in ("e2e.jsonl", *(["corpus.jsonl"] if part.corpus else []))):
+    searched = ("e2e.jsonl", "corpus.jsonl") if part.corpus else ("e2e.jsonl",)
+    if not all((target / name).is_file() for name in searched):
         records = list(rows(data / TRAIN_FILES[2]))
         if (data / POOL).is_file():
             asked = {record["question"] for record in records}

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-FULL = "full"  # the run over texts that fill a document
+FULL = "full"  # the run over texts that fill a document, and the ending of its files, one of each kind
+KINDS = "stage1", "openings", "words", "follow"
 DECAY, NO_DROPOUT = ("--span_decay", "0.5"), ("--lora_dropout", "0")
 
 
@@ -20,8 +21,7 @@ class Run:
 class Further:
     """A run with which stage 1 goes on. `shares` are of QA sets, of openings, of words in no order and of sets of
     questions which words follow, as many as there are. The first `passages` and `openings`, and of both the others
-    the first `made`, were used before it; `long` takes passages that are not short. The run FULL has openings, words
-    and questions of its own."""
+    the first `made`, were used before it; `long` takes passages that are not short."""
 
     run: Run
     shares: str
@@ -33,7 +33,7 @@ class Further:
 
     def files(self, which: str) -> dict[str, str]:
         """Names of its data by kind, as many as it has shares."""
-        own = f"_{which}" if self.made or which == FULL else ""
+        own = f"_{which}" if self.made else ""
         names = {"stage1": f"_{which}", "openings": f"_{which}", "words": own, "follow": own}
         return {kind: f"{kind}{names[kind]}.jsonl" for kind in list(names)[: len(self.shares.split(","))]}
 

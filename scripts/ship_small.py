@@ -21,7 +21,7 @@ from reproduction_report import SAID_AGAIN, Results, fresh_table, held_out_table
 from evaluation.report_data import SYSTEM_LABELS
 from evaluation.scoring import SYSTEM
 from openrlhf.models.modeling_clara import CLaRa
-from openrlhf.rag.config import CARRIED
+from openrlhf.models.publish import SETTINGS_FILE
 from openrlhf.utils.logging import write_whole
 
 WANTED = 7
@@ -269,7 +269,7 @@ def main() -> None:
         subprocess.run([*ask, str(fresh.with_name("shipped_selecting.json")), "--select", "1"], check=True)
         selected = fresh.with_name("shipped_unseen_selecting.json")
         subprocess.run([*ask, str(selected), "--questions", UNSEEN, "--select", "1"], check=True)
-        write_whole(args.out / CARRIED, RAG_SETTINGS)
+        write_whole(args.out / SETTINGS_FILE, RAG_SETTINGS)
     answers, unseen = (json.loads(path.read_text(encoding="utf-8"))["answers"] for path in (fresh, others))
     write_whole(args.out / "README.md", card(args.record, args.name, answers, unseen, model))
     size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())

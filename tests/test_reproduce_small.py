@@ -145,7 +145,7 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
         row for row in prepared.rows(target / "stage1.jsonl") if row["docs"][0] not in {r["docs"][0] for r in shorter}
     ]
     assert left["stage1_even.jsonl"] == longer[::-1][1:] != []
-    full = {kind: list(prepared.rows(target / name)) for kind, name in again.stage1.files(parts.FULL).items()}
+    full = {kind: list(prepared.rows(target / f"{kind}_{parts.FULL}.jsonl")) for kind in parts.KINDS}
     assert full.pop("stage1") == longer[::-1][1:]
     everything = load_records(str(data / "train" / "stage1_train.jsonl"), "stage1")
     fitting = {row["docs"][0] for row in load_records(str(target / "stage1.jsonl"), "stage1")}

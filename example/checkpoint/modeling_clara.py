@@ -108,7 +108,6 @@ class CLaRa(Answering, PreTrainedModel):
         self.document_cache: DocumentCache | None = None
         self.retriever = None
         self.fixed_head: Callable | None = None
-        self.compressor_trains = False
         for parameter in self.decoder.parameters():
             parameter.requires_grad_(False)
         self.special.memory.requires_grad_(False)
@@ -170,6 +169,11 @@ class CLaRa(Answering, PreTrainedModel):
         return ENCODER in self.decoder.peft_config
 
     @property
+    def compressor_trains(self) -> bool:
+        """Whether a loss changes how documents are compressed; all of the adapter's weights learn, or none."""
+        return self.special.memory.requires_grad or self.router.layers[0].lora_A[ENCODER].weight.requires_grad
+
+    @property
     def has_query_reasoner(self) -> bool:
         """Whether the checkpoint holds a query reasoner."""
         return QUERY in self.decoder.peft_config
@@ -185,7 +189,6 @@ class CLaRa(Answering, PreTrainedModel):
             for layer in self.router.layers:
                 layer.delete_adapter(QUERY)
         del self.decoder.peft_config[QUERY]
-        self.router = AdapterRouter(self.decoder)
 
     def attach_adapter(self, name: str, state: dict[str, torch.Tensor] | None, source: str) -> None:
         """Adds a further adapter to generate or compress with, frozen; its weights as `checkpoint.read_adapter` gives
@@ -249,11 +252,10 @@ class CLaRa(Answering, PreTrainedModel):
         for name in adapters:
             self.router.check(name)
         learning = [name for name in adapters if not still.get(name)]
-        self.compressor_trains = ENCODER in learning
         for name in self.decoder.peft_config:
             for parameter in adapter_state(self.decoder, name).values():
                 parameter.requires_grad_(name in learning)
-        self.special.memory.requires_grad_(memory and self.config.optimize_mem_tokens and self.compressor_trains)
+        self.special.memory.requires_grad_(memory and self.config.optimize_mem_tokens and not freeze_compressor)
         self.config.training_stage = stage
 
     def cache_frozen_documents(self, look_up: LookUp | None = None) -> None:

@@ -24,8 +24,7 @@ FIXED = (
     *("lr_warmup_ratio", "l2", "max_norm", "adam_betas", "mse_loss", "mse_loss_weight", "max_len", "generation_top_k"),
     *("topk_temperature", "zero_stage", "bf16", "doc_max_length", "compress_rate", "lora_r", "freeze_query_reasoner"),
     *("span_loss_weight", "freeze_memory_embeddings", "rescale_memory", "spread_memory", "stage2_mips"),
-    *("stage2_retrieval_top_n", "group_by_length", "span_decay", "lora_dropout", "even_spans"),
-    *("freeze_compressor",),
+    *("stage2_retrieval_top_n", "group_by_length", "span_decay", "lora_dropout", "even_spans", "freeze_compressor"),
 )
 
 

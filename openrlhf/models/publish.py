@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
 )
-SETTINGS_FILE = "rag_config.yaml"  # what openrlhf.rag reads from a checkpoint's directory
+SETTINGS_FILE = "rag_config.yaml"  # for RAG, since scores of one checkpoint are not those of another
 TAGS = ("clara", "retrieval-augmented-generation", "lora")
 _SECRET = re.compile(
     r"\bhf_[A-Za-z0-9]{20,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bAKIA[A-Z0-9]{16}\b"

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
+from openrlhf.models.publish import SETTINGS_FILE
+
 ROOT_KEY = "rag_master"
-CARRIED = "rag_config.yaml"
-"""In a checkpoint's directory: the settings that suit it, since scores of one checkpoint are not those of another."""
 
 
 @dataclass
@@ -142,13 +142,13 @@ class RAGConfig:
 def _carried(model: str | Path) -> Path | None:
     """The settings' file of a checkpoint: a directory, or else a repository on the Hub."""
     if Path(model).is_dir():
-        own = Path(model) / CARRIED
+        own = Path(model) / SETTINGS_FILE
         return own if own.is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     try:
-        return Path(hf_hub_download(str(model), CARRIED))
+        return Path(hf_hub_download(str(model), SETTINGS_FILE))
     except (EntryNotFoundError, HFValidationError, OSError):
         return None  # no such file, repository or connection: loading the model says which of the last two
 

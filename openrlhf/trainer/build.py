@@ -35,7 +35,6 @@ from openrlhf.trainer import estimate
 from openrlhf.trainer.config import STAGE2, TrainingConfig
 from openrlhf.trainer.sft_trainer import batch_plan
 from openrlhf.trainer.skeleton import ROW_TOKENS
-from openrlhf.utils.checkpoints import can_search
 from openrlhf.utils.distributed import Engine, barrier, rank, seed_everything, writing
 
 logger = logging.getLogger(__name__)
@@ -81,8 +80,6 @@ def resolve_paths(config: TrainingConfig) -> Path | None:
                 f"{root} was trained with --{flag} {getattr(saved, name)}, this run asks for {value}: pass the "
                 "checkpoint's value, or start from a checkpoint of the setting you want"
             )
-    if config.stage not in STAGE2 and not config.freeze_compressor and can_search(root, saved):
-        logger.warning("%s: training its compressor again outdates its query reasoner, which is left out", root)
     return root
 
 
@@ -225,6 +222,7 @@ def build_model(config: TrainingConfig, model_cfg: CLaRaConfig, root: Path | Non
         model = CLaRa.from_pretrained(root, config=model_cfg, **options)
     model.config.attn_implementation = None  # a choice of this machine, not of the checkpoint
     if model.has_query_reasoner and config.stage not in STAGE2 and not config.freeze_compressor:
+        logger.warning("%s: training its compressor again outdates its query reasoner, which is left out", root)
         model.remove_query_reasoner()
     if config.reset_decoder:
         model.reset_adapter(DECODER)

@@ -16,7 +16,7 @@ import yaml
 from openrlhf.cli import push
 from openrlhf.models.adapters import ADAPTERS
 from openrlhf.models.modeling_clara import CLaRa
-from openrlhf.rag.config import CARRIED
+from openrlhf.models.publish import SETTINGS_FILE
 from tests import fake_hub
 from tests.tiny import DOCS, QUESTIONS, new_model
 
@@ -135,14 +135,14 @@ print(RAGConfig.chosen(None, sys.argv[1]).reranking.min_score)
 
 def test_settings_for_rag_go_with_a_checkpoint_and_are_found_on_the_hub(copy, hub, tmp_path):
     pushed(hub, tmp_path, copy, "team/plain", *GIVEN)
-    (copy / CARRIED).write_text("rag_master:\n  reranking: {min_score: 0.125}\n")
+    (copy / SETTINGS_FILE).write_text("rag_master:\n  reranking: {min_score: 0.125}\n")
     pushed(hub, tmp_path, copy, "team/clara", *GIVEN)
     for name, score in (("team/clara", "0.125"), ("team/plain", "0.55"), ("team/nothing", "0.55")):
         done = run(hub, tmp_path, "-c", SETTINGS, name)
         assert done.returncode == 0 and done.stdout.strip() == score, done.stderr[-3000:]
-    (copy / CARRIED).unlink()
+    (copy / SETTINGS_FILE).unlink()
     pushed(hub, tmp_path, copy, "team/clara", *GIVEN)
-    assert CARRIED not in hub.repositories["team/clara"].files
+    assert SETTINGS_FILE not in hub.repositories["team/clara"].files
 
 
 def test_what_was_pushed_to_a_subfolder_loads_and_others_beside_it_stay(model, mistral, checkpoint, hub, tmp_path):
