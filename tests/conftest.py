@@ -1,6 +1,7 @@
 """Fixtures for the whole tree of tests. Nothing here or below reaches for the network."""
 
 import faulthandler
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,6 +23,16 @@ transformers_logging.disable_progress_bar()
 def pytest_unconfigure(config: pytest.Config) -> None:
     """A thread or process that a test left keeps the run for two minutes at most, and is shown."""
     faulthandler.dump_traceback_later(120, exit=True)
+
+
+@pytest.fixture(autouse=True)
+def no_log_left():
+    """A command that a test runs logs to that test's stderr, which is closed when a later test logs."""
+    yield
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
+    root.setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

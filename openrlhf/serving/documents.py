@@ -5,8 +5,12 @@ committed. An upload is there whole or not at all, whenever the process dies or 
 again takes its own passages' place, however many it had. Knows nothing about HTTP.
 """
 
+import hashlib
+import json
+import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from openrlhf.datasets.records import RecordError
@@ -16,10 +20,15 @@ from openrlhf.retrieval.compress import Counts, add_corpus, add_documents, open_
 from openrlhf.retrieval.corpus import PASSAGE_OF, SUFFIXES, Corpus, cut, parse_line
 from openrlhf.retrieval.store import Document, Store
 from openrlhf.serving.turns import DOCUMENTS, PURPOSE
+from openrlhf.utils.logging import write_whole
+
+logger = logging.getLogger(__name__)
 
 # Vectors of an upload wait in memory for their commit.
 UPLOAD_BYTES = 2**30
 JSONL = ".jsonl"
+FILLED_FILE = "filled.json"
+"""In a store: by folder or file, the documents that the last fill from there found, and a digest of each."""
 
 
 class ReadOnly(RuntimeError):
@@ -64,8 +73,24 @@ class Library:
         return self.store.listed(limit, after)
 
     def fill(self, corpus: Corpus) -> Counts:
-        """Adds a corpus, with a progress bar; before the store is served."""
-        return add_corpus(self._writable(), self.model, corpus)
+        """Adds a corpus, with a progress bar; before the store is served.
+
+        What the last fill from the same place added and is not there any more is deleted, unless something else has
+        taken its place since.
+        """
+        writer, tokens = self._writable(), self.model.tokens
+        counts = add_corpus(writer, self.model, corpus)
+        stream = corpus.documents(tokens.config.doc_max_length, lambda text: len(tokens.plain_ids([text])[0]))
+        now = {document.id: _digest(document) for document in stream}
+        record, place = self.path / FILLED_FILE, str(corpus.path.resolve())
+        filled = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        left = [name for name in filled.get(place, {}) if name not in now]
+        kept = zip(left, writer.find(left), strict=True)
+        stale = [name for name, document in kept if document and _digest(document) == filled[place][name]]
+        if writer.delete(stale):
+            logger.info("%d documents were deleted, which are not in %s any more", len(stale), corpus.path)
+        write_whole(record, json.dumps({**filled, place: now}))
+        return counts
 
     def add(self, documents: Sequence[Document], go_on: Callable[[], None] = lambda: None) -> tuple[Counts, list[str]]:
         """Adds documents, cut where they are long: what became of the passages, and their ids.
@@ -115,6 +140,10 @@ class Library:
         if self._writer is None:
             raise ReadOnly("this server only reads its documents (--read_only): add or delete them elsewhere")
         return self._writer
+
+
+def _digest(document: Document) -> str:
+    return hashlib.sha256(json.dumps(asdict(document), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_file(name: str, content: bytes) -> list[Document]:

@@ -12,6 +12,7 @@ import pytest
 
 from openrlhf.models.modeling_clara import CLaRa
 from openrlhf.retrieval.compress import compressed_text
+from openrlhf.retrieval.corpus import Corpus
 from openrlhf.retrieval.store import Document, Store
 from openrlhf.serving import documents as documents_module
 from openrlhf.serving.app import THREADS
@@ -228,6 +229,37 @@ def test_a_library_cuts_passages_as_short_as_it_is_told(model, tmp_path):
     library.close()
     assert max(len(row) for row in model.tokens.plain_ids(texts)) <= 9 < model.config.doc_max_length
     assert "".join("".join(text.split()) for text in texts) == "".join(LONG.split())
+
+
+def test_what_a_folder_lost_is_deleted_and_nothing_else(model, tmp_path):
+    folder, other = tmp_path / "folder", tmp_path / "other.jsonl"
+    folder.mkdir()
+    (folder / "kept.txt").write_text("A lamp.")
+    (folder / "lost.txt").write_text(LONG)
+    (folder / "replaced.txt").write_text("A violin.")
+    other.write_text('{"id": "line", "text": "A bell.", "z": 1, "a": [2]}\n')
+
+    def fill(path: Path) -> None:
+        library = Library(tmp_path / "store", model)
+        library.fill(Corpus(path))
+        library.close()
+
+    fill(folder)
+    fill(other)
+    library = Library(tmp_path / "store", model)
+    assert library.store.named("lost.txt") and len(library) > 4
+    library.add([Document("uploaded", "A drum."), Document("replaced.txt", "Another violin.")])
+    library.close()
+    (folder / "lost.txt").unlink()
+    (folder / "replaced.txt").unlink()
+    for _ in range(2):
+        fill(folder)
+    library = Library(tmp_path / "store", model)
+    left = {document.id: document.text for document, _ in library.store.texts()}
+    library.close()
+    assert left == {
+        "kept.txt": "A lamp.", "line": "A bell.", "uploaded": "A drum.", "replaced.txt": "Another violin."
+    }  # fmt: skip
 
 
 def test_a_library_that_is_only_read_changes_nothing(model, tmp_path):
