@@ -116,7 +116,7 @@ class RAGMaster:
                 "with training_stage='stage2' (a copy of the compressor then), or set compression.enabled: false"
             )
         self.top_k = top_k or self.config.reranking.top_k
-        self._folder = tempfile.TemporaryDirectory(prefix="clara-rag-")
+        self._folder: tempfile.TemporaryDirectory | None = None
         self._given: Store | None = None
         self._corpora: dict[Store, _Corpus] = {}
         self._vectors: dict[str, torch.Tensor] = {}
@@ -129,7 +129,9 @@ class RAGMaster:
             self._given.close()
             self._given = None
         self._corpora.clear()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def __enter__(self) -> "RAGMaster":
         return self
@@ -296,6 +298,12 @@ class RAGMaster:
             return Prepared(prompt=self.model.tokens.plain_prompt(CLOSED_BOOK_SYSTEM, user), adapter=None)
         return Prepared(refusal=f"The documents do not answer this question: {why}.")
 
+    def _temporary(self, name: str) -> Path:
+        """A place in a folder that is made when it is first needed, and goes with this object."""
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="clara-rag-")
+        return Path(self._folder.name) / name
+
     def _corpus(self, documents: Documents) -> _Corpus:
         if isinstance(documents, Store):
             return self._opened_store(documents)
@@ -304,12 +312,12 @@ class RAGMaster:
         if len(ids) < len(given):
             raise ValueError("two documents have the same id: give each its own, or none any")
         if self._given is None:
-            self._given = open_store(Path(self._folder.name) / "store", self.model)
+            self._given = open_store(self._temporary("store"), self.model)
         store = self._given
         deleted = store.delete([document.id for document, _ in store.texts() if document.id not in ids])
         counts = add_documents(store, self.model, given)
         if self._corpora.get(store) is None or deleted or counts.new or counts.replaced:
-            self._corpora[store] = _Corpus(store, Bm25Index.build(store, Path(self._folder.name) / "given"))
+            self._corpora[store] = _Corpus(store, Bm25Index.build(store, self._temporary("given")))
         return self._corpora[store]
 
     def _opened_store(self, store: Store) -> _Corpus:
@@ -328,7 +336,7 @@ class RAGMaster:
             index = Bm25Index.open(store, beside)
         except (FileNotFoundError, ValueError):
             writable = os.access(beside if beside.exists() else store.path, os.W_OK)
-            index = Bm25Index.build(store, beside if writable else Path(self._folder.name) / "opened")
+            index = Bm25Index.build(store, beside if writable else self._temporary("opened"))
         self._corpora[store] = _Corpus(store, index, _two_step(store, beside))
         return self._corpora[store]
 

@@ -73,6 +73,21 @@ def test_a_store_answers_as_its_documents_do(master, model, tmp_path):
         assert "late" in again
 
 
+def test_temporary_files_are_made_for_lists_alone_and_go(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    left = (tmp_path / "temporary").iterdir
+    with open_store(tmp_path / "store", model) as store, RAGMaster(model, config=config()) as master:
+        add_documents(store, model, [Document("d0", DOCS[0])])
+        from_store = master.query(QUESTIONS[0], store)
+        assert not list(left())
+        for _ in range(2):
+            assert master.query(QUESTIONS[0], [{"id": "d0", "text": DOCS[0]}]) == from_store
+            assert len(list(left())) == 1
+            master.close()
+            assert not list(left())
+
+
 def test_questions_together_are_answered_as_each_alone(master, model):
     together = master.query_batch(QUESTIONS, DOCS)
     assert together == [master.query(question, DOCS) for question in QUESTIONS]
