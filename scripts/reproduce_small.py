@@ -24,7 +24,7 @@ from reproduction_parts import FULL, KINDS, PARTS, Again, Run
 
 from openrlhf.utils.logging import write_whole
 
-HALF = "0.5,0.5"  # shares of two files
+HALF, QUARTER = "0.5,0.5", "0.25,0.75"  # shares of two files
 CONSTANT = "constant_with_warmup"
 SLICE_OVER = 75
 ABLATED_RATE = 16
@@ -174,7 +174,7 @@ class Plan:
         mixed = [self.data / f"instruction{which}.jsonl" for which in ("", f"_{FULL}")]
         second = self.train(
             f"stage1_2_{FULL}_rate{rate}", "stage1_2", rate, mixed, more.stage1_2,
-            first, "--dataset_probs", HALF, *more.stage1.flags,
+            first, "--dataset_probs", QUARTER, *more.stage1.flags,
         )  # fmt: skip
         self.evaluate(first, "pretraining", False)
         self.evaluate(second, "instruction_tuning", False)

@@ -83,18 +83,23 @@ def again(text: str) -> dict:
     return {"data_type": "paraphrase", "question": "", "answers": [text], "docs": [text]}
 
 
-def single(record: dict) -> dict:
-    """One question of a QA set, drawn by its text, over its document alone: a record of stage 1_2."""
-    question, answer = random.Random(record["docs"][0]).choice(
-        list(zip(record["question"], record["answers"], strict=True))
-    )
-    return {
-        "question": question,
-        "docs": record["docs"],
-        "golden_answers": [answer],
-        "answer": answer,
-        "pos_index": [0],
-    }
+def each(record: dict) -> list[dict]:
+    """The questions of a QA set one by one, over its document alone: records of stage 1_2."""
+    return [
+        {
+            "question": question,
+            "docs": record["docs"],
+            "golden_answers": [answer],
+            "answer": answer,
+            "pos_index": [0],
+        }
+        for question, answer in zip(record["question"], record["answers"], strict=True)
+    ]
+
+
+def single(record: dict) -> list[dict]:
+    """One question of a QA set, drawn by its text."""
+    return [random.Random(record["docs"][0]).choice(each(record))]
 
 
 def follow_sets(passages: list[str], tokenizer: Any, full: bool = False) -> list[dict]:
@@ -165,7 +170,7 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
     has the passages that are not short; words.jsonl has words in no order, follow.jsonl sets of questions which words
     follow, and words_RUN.jsonl and follow_RUN.jsonl go on behind what was used of these. For `part.again`,
     openings_full.jsonl, words_full.jsonl and follow_full.jsonl are of the passages that stage1.jsonl leaves out, and
-    fill a document; instruction_full.jsonl is as instruction.jsonl, over all passages of stage1.jsonl.
+    fill a document; instruction_full.jsonl has all questions of all QA sets of stage1.jsonl.
     instruction.jsonl mixes the instruction file with single questions over the short passages; e2e.jsonl has the
     questions of the end-to-end file and the other training questions of the pool, with their passages written out, or,
     with `part.corpus`, those of them that can be asked over the candidates of the first so many; corpus.jsonl then has
@@ -210,13 +215,14 @@ def prepare(data: Path, target: Path, base: str, part: Part) -> None:
         write_rows(target / "words_full.jsonl", words(passages, tokenizer, full=True))
         write_rows(target / "follow_full.jsonl", follow_sets(passages, tokenizer, full=True))
         write_rows(target / "openings_full.jsonl", list(map(again, openings(passages, tokenizer, full=True))))
-    mixes = {"instruction": ("stage1_short", part.single)}
+    mixes = {"instruction": ("stage1_short", single, part.single)}
     if part.again:
-        mixes["instruction_full"] = ("stage1", part.again.single)
-    for name, (source, per_record) in mixes.items():
+        mixes["instruction_full"] = ("stage1", each, part.again.single)
+    for name, (source, taken, per_record) in mixes.items():
         if not (target / f"{name}.jsonl").is_file():
             records = list(rows(data / TRAIN_FILES[1]))
-            questions = [single(row) for row in rows(target / f"{source}.jsonl") if row["data_type"] == "qa"]
+            sets = [row for row in rows(target / f"{source}.jsonl") if row["data_type"] == "qa"]
+            questions = [question for row in sets for question in taken(row)]
             n = min(len(records), len(questions) // per_record)
             write_rows(target / f"{name}.jsonl", shuffled(shuffled(records)[:n] + questions[: n * per_record]))
     searched = ("e2e.jsonl", "corpus.jsonl") if part.corpus else ("e2e.jsonl",)

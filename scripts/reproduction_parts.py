@@ -117,12 +117,12 @@ PARTS = {
             Further(
                 Run(2800, 4, 8e-4), "0.25,0.2,0.35,0.2", 1640, flags=("--freeze_compressor", *NO_DROPOUT), long=True
             ),
-            Run(600, 4, 5e-4),
-            single=9,
+            Run(6400, 8, 5e-4),
+            single=19,
         ),
         short=80,
         corpus=400,
         questions=25,
-        micro=4,
+        micro=8,
     ),
 }

@@ -158,9 +158,15 @@ def test_prepared_files_are_records_of_their_stages_and_are_made_once(data, mist
             drawn = Counter(row["docs"][0].split()[:-1])
             assert any(not drawn - Counter(body.split()) for body in bodies), kind
     over_all = list(load_records(str(target / "instruction_full.jsonl"), "stage1_2"))
-    single = {row["docs"][0] for row in over_all if len(row["docs"]) == 1}
-    assert single <= fitting and single & {row["docs"][0] for row in longer}
-    assert sum(len(row["docs"]) == 1 for row in over_all) == 2 * sum(len(row["docs"]) > 1 for row in over_all)
+    single = [(row["question"][0], row["answers"][0], row["docs"][0]) for row in over_all if len(row["docs"]) == 1]
+    pairs = {
+        (question, answer, row["docs"][0])
+        for row in load_records(str(target / "stage1_qa.jsonl"), "stage1")
+        for question, answer in zip(row["question"], row["answers"], strict=True)
+    }
+    assert set(single) <= pairs and {row["docs"][0] for row in longer} & {doc for _, _, doc in single}
+    assert len(single) == 2 * sum(len(row["docs"]) > 1 for row in over_all)
+    assert max(Counter(doc for _, _, doc in single).values()) > 1, "several questions of a set"
     sets = list(load_records(str(target / "follow.jsonl"), "stage1"))
     assert len(sets) > sum(n <= longest for n in lengths) // 3 and any(
         len(row["question"]) == prepared.ASKED for row in sets
