@@ -88,7 +88,7 @@ class Library:
         kept = zip(left, writer.find(left), strict=True)
         stale = [name for name, document in kept if document and _digest(document) == filled[place][name]]
         if writer.delete(stale):
-            logger.info("%d documents were deleted, which are not in %s any more", len(stale), corpus.path)
+            logger.info("deleted what %s does not hold any more: %d of the store's documents", corpus.path, len(stale))
         write_whole(record, json.dumps({**filled, place: now}))
         return counts
 
