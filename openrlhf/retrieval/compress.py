@@ -95,13 +95,22 @@ class Portion:
     """Lines or files of the corpus read up to here."""
 
 
-def portions(store: Store, tokens: ClaraTokens, corpus: Corpus, size: int, counts: Counts) -> Iterator[Portion]:
+def portions(
+    store: Store,
+    tokens: ClaraTokens,
+    corpus: Corpus,
+    size: int,
+    counts: Counts,
+    seen: Callable[[Document], None] = lambda document: None,
+) -> Iterator[Portion]:
     """The documents that the store does not hold as they are, at most `size` at a time.
 
-    What a document is (new, replaced, unchanged) is counted in `counts`.
+    What a document is (new, replaced, unchanged) is counted in `counts`; each that the corpus holds is told to `seen`.
     """
     stream = corpus.documents(tokens.config.doc_max_length, lambda text: len(tokens.plain_ids([text])[0]))
     while chunk := list(itertools.islice(stream, size)):
+        for document in chunk:
+            seen(document)
         portion = _portion(store, tokens, chunk, corpus.position, counts)
         if portion.documents:
             yield portion
@@ -161,16 +170,21 @@ def _commit(
     counts.compressed += len(vectors)
 
 
-def add_corpus(store: Store, model: CLaRa, corpus: Corpus) -> Counts:
+def add_corpus(
+    store: Store, model: CLaRa, corpus: Corpus, seen: Callable[[Document], None] = lambda document: None
+) -> Counts:
     """Makes a store hold what a corpus holds, beside what it holds already; in portions, each one commit, with a
     progress bar.
+
+    Args:
+        seen: called with each document of the corpus.
 
     Raises:
         OSError: the disk is full; RecordError: see `Corpus.documents`.
     """
     counts, state = Counts(), PartialState(cpu=not torch.cuda.is_available())
     total = corpus.check()
-    work = portions(store, model.tokens, corpus, portion_size(model), counts)
+    work = portions(store, model.tokens, corpus, portion_size(model), counts, seen)
     fill(store, in_processes(model, state, work), counts, total, corpus)
     return counts
 
@@ -182,9 +196,8 @@ def update_store(path: str | Path, model: CLaRa, corpus: Corpus) -> Counts:
         ValueError, OSError: see `open_store`; RecordError: see `Corpus.documents`.
     """
     with open_store(path, model) as store:
-        counts = add_corpus(store, model, corpus)
-        stream = corpus.documents(model.config.doc_max_length, lambda text: len(model.tokens.plain_ids([text])[0]))
-        there = {document.id for document in stream}
+        there: set[str] = set()
+        counts = add_corpus(store, model, corpus, lambda document: there.add(document.id))
         store.delete([document.id for document, _ in store.texts() if document.id not in there])
     return counts
 

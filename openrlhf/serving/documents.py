@@ -78,15 +78,13 @@ class Library:
         What the last fill from the same place added and is not there any more is deleted, unless something else has
         taken its place since.
         """
-        writer, tokens = self._writable(), self.model.tokens
-        counts = add_corpus(writer, self.model, corpus)
-        stream = corpus.documents(tokens.config.doc_max_length, lambda text: len(tokens.plain_ids([text])[0]))
-        now = {document.id: _digest(document) for document in stream}
+        writer, now = self._writable(), dict[str, str]()
+        counts = add_corpus(writer, self.model, corpus, lambda document: now.update({document.id: _digest(document)}))
         record, place = self.path / FILLED_FILE, str(corpus.path.resolve())
         filled = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         left = [name for name in filled.get(place, {}) if name not in now]
-        kept = zip(left, writer.find(left), strict=True)
-        stale = [name for name, document in kept if document and _digest(document) == filled[place][name]]
+        held = zip(left, writer.find(left), strict=True)
+        stale = [name for name, document in held if document and _digest(document) == filled[place][name]]
         if writer.delete(stale):
             logger.info("deleted what %s does not hold any more: %d of the store's documents", corpus.path, len(stale))
         write_whole(record, json.dumps({**filled, place: now}))
